@@ -1,0 +1,1 @@
+"""Click commands and rich output: words in, words out. The only room that prints."""

@@ -1,0 +1,1 @@
+"""Moves bytes: worker processes on libcurl behind `ports.Fetcher`."""

@@ -1,0 +1,250 @@
+"""The seams between the rooms: Protocols, and the frozen messages that cross them.
+
+The engine is written against these and nothing else; adapters (`sources`, `fetch`, `store`) implement them and never import
+one another. One suite per port in `tests/contracts` runs on the fake and on the real one.
+
+All extents are half-open byte ranges of an object. Instants named `..._at_s` are seconds of the wall clock (Unix epoch);
+everything inside trio waits on trio's own clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from valohai_fuse.model.extents import Extent
+
+Clock = Callable[[], float]
+"""Seconds since the epoch by the wall clock; injected, so that tests can jump."""
+
+
+# --- what is fetched, and from where ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKey:
+    """What an object *is*, never where it is: datum id or query-less URI, and its size. Names its segments in the cache.
+
+    The ETag is not part of the key, for it is not known before the first answer, and a warm cache must serve without a
+    network. It is the object's *version*: written into every segment, and bytes of two versions never meet in one open
+    file (see `engine.objects`).
+    """
+
+    stable_id: str
+    size: int
+
+
+Version = str
+"""An ETag exactly as the store sent it; "" when the store sends none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """One file of one input, as the manifest names it: enough to ask any source for a URL."""
+
+    input_name: str
+    input_id: str | None
+    name: str
+    uri: str | None
+    datum_id: str | None
+    storage_uri: str | None = field(repr=False)
+    index: int
+    """Position in the input's list of files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A URL that may be used for one object until `expires_at_s` (None: it says nothing, the store's refusal decides)."""
+
+    url: str = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    expires_at_s: float | None = None
+    minted_at_s: float | None = None
+    """When we received it; a refusal of a URL minted for this very request is a real one. None: from the manifest."""
+
+
+class UrlSource(Protocol):
+    """One object in, one lease out. May be slow, caches nothing, is asked by `engine.leases` only.
+
+    Answering for a whole input at once is the rule (`renew`); the returned mapping is asked by `FileRef`.
+    """
+
+    async def renew(self, file: FileRef) -> Renewal:
+        """A fresh set of URLs that covers `file`, or whatever else the answer held.
+
+        Raises AccessRefusedError (token dead, execution over), StoreUnavailableError (API down beyond the bounded
+        retries, answer not understood), ConfigurationError (api.json missing or invalid).
+        """
+        ...
+
+
+class Renewal(Protocol):
+    """One answer of a UrlSource; kept by the leases until the next one replaces it."""
+
+    minted_at_s: float
+
+    def url_for(self, file: FileRef) -> str | None:
+        """The signed URL of `file` in this answer; None when the answer does not hold it."""
+        ...
+
+
+class SizeProbe(Protocol):
+    """Learns the size of an object with one small ranged GET."""
+
+    async def size(self, lease: Lease) -> int:
+        """Total bytes of the object. Raises FetchFailed."""
+        ...
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+class FailureKind(enum.StrEnum):
+    """Why an order failed; the engine decides from this alone whether to retry, renew or give up."""
+
+    REFUSED = "refused"  # 400, 401, 403: renew the URL, once
+    MISSING = "missing"  # 404, 410
+    CHANGED = "changed"  # other ETag or total than expected, 412, 416 on a range inside the size
+    THROTTLED = "throttled"  # 429, 503: back off, honour retry_after_s
+    TRANSIENT = "transient"  # connect, DNS, TLS, reset, stall, truncated body, 5xx
+    PROTOCOL = "protocol"  # wrong Content-Range, encoded body, redirect loop, an answer that makes no sense: retried, boundedly
+    FORBIDDEN = "forbidden"  # the URL or a redirect has a scheme that must not be followed: final
+    DISK = "disk"  # the bytes came but could not be landed: the store is told, the order is repeated elsewhere
+    WORKER_LOST = "worker-lost"  # the worker process died: reissue
+
+
+class FetchFailed(Exception):  # noqa: N818 - a message between rooms, mapped to errors.py by the engine, not shown to people
+    """An order or a probe ended without all its bytes. `detail` is already redacted."""
+
+    def __init__(
+        self,
+        kind: FailureKind,
+        detail: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        server_date_s: float | None = None,
+    ) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.server_date_s = server_date_s
+        """The response's Date header as epoch seconds: shows clock skew."""
+
+
+class Priority(enum.IntEnum):
+    """Who is waiting: demand always overtakes ahead."""
+
+    DEMAND = 0
+    AHEAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOrder:
+    """Land `extent` of an object in the segment file at `segment_path`. The extent is block-aligned (the object's end
+    excepted) and lies within one segment."""
+
+    key: ObjectKey
+    extent: Extent
+    lease: Lease
+    expect_version: Version | None
+    """None: not known yet, take what the response says."""
+    segment_path: str
+    priority: Priority = Priority.DEMAND
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Everything of the order below `upto` is in the segment file, verified by hash entries, readable by anyone."""
+
+    upto: int
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """How an order went."""
+
+    version: Version
+    fetched_bytes: int
+    first_byte_s: float
+    """From sending the request to the first byte of the body."""
+    total_s: float
+    new_connection: bool
+
+
+class Fetcher(Protocol):
+    """Carries out orders. Returns no bytes, holds no standing secret, decides no retry."""
+
+    async def fetch(self, order: FetchOrder, landed: Callable[[Landed], None]) -> Fetched:
+        """Lands the extent in ascending order, calling `landed` (synchronously, on the trio thread) as it grows.
+
+        Raises FetchFailed; what was reported as landed stays landed. Cancelling the caller cancels the transfer.
+        """
+        ...
+
+
+# --- the block cache --------------------------------------------------------------------------------------------------
+
+
+class NotHere(enum.Enum):
+    """Why `read_nowait` has no bytes."""
+
+    ABSENT = "absent"  # some block is missing or failed its verification
+    COLD = "cold"  # all there, but not in the page cache: use `read`
+    FOREIGN = "foreign"  # the segment holds another version of the object
+
+
+ABSENT: Final = NotHere.ABSENT
+COLD: Final = NotHere.COLD
+FOREIGN: Final = NotHere.FOREIGN
+
+
+class BlockStore(Protocol):
+    """Blocks on disk. What it returns was verified on this very read; absence is normal at any moment; nothing raises on a
+    sick disk, it is absence (and a WARNING)."""
+
+    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+        """The bytes of `extent` (any alignment, any segments) without ever waiting for a disk."""
+        ...
+
+    async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+        """The same, waiting for the disk in a thread where it must; never answers COLD."""
+        ...
+
+    def missing(self, key: ObjectKey, version: Version, extent: Extent) -> list[Extent]:
+        """The block-aligned parts of `extent` that are not present, merged and ascending. By the tables only, without
+        verification; a wrong guess costs a fetch or a retry, never a wrong byte."""
+        ...
+
+    def version(self, key: ObjectKey, offset: int) -> Version | None:
+        """The version that the segment holding byte `offset` was written with; None when there is no such segment."""
+        ...
+
+    def segment_path(self, key: ObjectKey, offset: int) -> str:
+        """Where a worker lands the segment that holds byte `offset`; directories made as needed."""
+        ...
+
+    def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
+        """A worker could not write there (`FailureKind.DISK`): the store finds another place, in memory if need be."""
+        ...
+
+    def cached_bytes(self, key: ObjectKey) -> int:
+        """How many bytes of the object are present, by the tables of its segments."""
+        ...
+
+
+class Metrics(Protocol):
+    """Counters and gauges by name; see `obs.metrics` for the names."""
+
+    def count(self, name: str, amount: float = 1) -> None:
+        """Adds to a counter."""
+        ...
+
+    def gauge(self, name: str, value: float) -> None:
+        """Sets a gauge."""
+        ...
