@@ -26,19 +26,17 @@ from valohai_fuse.engine.reader import Reader
 from valohai_fuse.engine.sizing import Sizing
 from valohai_fuse.fetch.pool import WorkerPool
 from valohai_fuse.handshake import MountSpec, Report, failed
-from valohai_fuse.model.manifest import stable_id
-from valohai_fuse.model.tree import Inode, Tree, build
+from valohai_fuse.inspection import Catalogue, Inspection
+from valohai_fuse.model.tree import build
 from valohai_fuse.mount import kernel
 from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
-from valohai_fuse.ports import FileRef, ObjectKey
 from valohai_fuse.settings import Settings
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.api_file import load_api_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.sources.manifest_file import Manifest
 from valohai_fuse.sources.size_probe import HttpxSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.segments import SegmentStore
@@ -48,25 +46,6 @@ log = logging.getLogger(__name__)
 WARNINGS_REPORTED_MAX = 20
 
 
-class Catalogue:
-    """What the tree shows, in the engine's words: from an inode to the object's key, its FileRef and a name for messages."""
-
-    def __init__(self, manifest: Manifest, tree: Tree) -> None:
-        self._manifest = manifest
-        self._tree = tree
-
-    def file(self, inode: Inode) -> tuple[FileRef, str]:
-        """For the size probe: the size is not known yet."""
-        return self._manifest.record(self._tree.file_index(inode)).ref(), self._tree.path(inode)
-
-    def object(self, inode: Inode) -> tuple[ObjectKey, FileRef, str]:
-        """For the reader: a file whose size is known."""
-        record = self._manifest.record(self._tree.file_index(inode))
-        size = self._tree.size(inode)
-        assert size is not None, "sized when it was looked up"
-        return ObjectKey(stable_id(record), size), record.ref(), self._tree.path(inode)
-
-
 class Daemon:
     """One mount, built from its spec."""
 
@@ -74,22 +53,21 @@ class Daemon:
         self.spec = spec
         self.settings = Settings(**spec.settings)
         self.metrics = Counts()
-        self.began_at_s = time.time()
         self._ending = trio.Event()
         self._lazily = False
 
     async def run(self, report: ReportPipe) -> None:
         """Mounts, reports, serves until it is told to end or the mount is gone."""
         settings, spec = self.settings, self.spec
-        self.manifest = manifest_file.load(settings.config_dir, spec.inputs)
+        manifest = manifest_file.load(settings.config_dir, spec.inputs)
         async with AsyncExitStack() as stack:
-            stack.callback(self.manifest.close)
+            stack.callback(manifest.close)
             base = settings.inputs_dir if spec.as_root else spec.mountpoint
             local = _local_files(base, spec)
             if local is not None:
                 stack.callback(local.close)
             self.tree = build(
-                self.manifest,
+                manifest,
                 as_root=spec.as_root,
                 local=local.files if local is not None else {},
                 inputs_dir=settings.inputs_dir,
@@ -98,12 +76,12 @@ class Daemon:
                 log.warning("%s", warning)
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
-            catalogue = Catalogue(self.manifest, self.tree)
-            self.store = SegmentStore(settings.cache_dir, metrics=self.metrics)
-            stack.callback(self.store.close)
+            catalogue = Catalogue(manifest, self.tree)
+            store = SegmentStore(settings.cache_dir, metrics=self.metrics)
+            stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            self.pool = await stack.enter_async_context(
+            pool = await stack.enter_async_context(
                 WorkerPool(
                     workers_max=settings.workers or min(4, os.cpu_count() or 1),
                     connections=settings.connections,
@@ -116,25 +94,21 @@ class Daemon:
             api_file = load_api_file(settings.config_dir)
             api = ValohaiApi(api_file, settings=settings, clock=time.time)
             stack.push_async_callback(api.aclose)
-            self.leases = Leases(
-                api, clock=time.time, margin_s=settings.renew_margin, nursery=nursery, metrics=self.metrics
-            )
+            leases = Leases(api, clock=time.time, margin_s=settings.renew_margin, nursery=nursery, metrics=self.metrics)
             probe = HttpxSizeProbe(settings)
             stack.push_async_callback(probe.aclose)
             sizing = Sizing(
                 nursery=nursery,
                 tree=self.tree,
                 probe=probe,
-                leases=self.leases,
+                leases=leases,
                 metrics=self.metrics,
                 describe=catalogue.file,
                 timeout_s=settings.read_timeout,
             )
-            flights = Flights(
-                nursery=nursery, fetcher=self.pool, store=self.store, leases=self.leases, metrics=self.metrics
-            )
-            self.reader = Reader(
-                store=self.store,
+            flights = Flights(nursery=nursery, fetcher=self.pool, store=store, leases=leases, metrics=self.metrics)
+            reader = Reader(
+                store=store,
                 flights=flights,
                 metrics=self.metrics,
                 describe=catalogue.object,
@@ -142,13 +116,14 @@ class Daemon:
                 window_bytes_max=settings.readahead,
                 window_bytes_total=settings.readahead_total,
             )
+            self.inspection = Inspection(spec, catalogue, store, reader, self.metrics, began_at_s=time.time())
             self.operations = Operations(
                 tree=self.tree,
-                reader=self.reader,
+                reader=reader,
                 sizing=sizing,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
-                attributes_of=self._attributes if settings.xattrs else None,
+                attributes_of=self.inspection.attributes if settings.xattrs else None,
             )
             await self._serve(nursery, report)
 
@@ -163,7 +138,7 @@ class Daemon:
             if not kernel.tune(spec.mountpoint, readahead_bytes=settings.kernel_readahead):
                 log.info("the kernel's readahead could not be raised: large sequential reads cost more CPU")
             if spec.control_path:
-                handlers = {"status": self._on_status, "info": self._on_info, "unmount": self._on_unmount}
+                handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
             files, size, _ = self.tree.totals()
@@ -208,101 +183,9 @@ class Daemon:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 self._ending.set()
 
-    # --- the control socket ---
-
-    async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - a handler's shape
         self._ending.set()
         return {"pid": os.getpid()}
-
-    async def _on_status(self, request: dict[str, Any]) -> dict[str, Any]:
-        files, size, unknown = self.tree.totals()
-        reader = self.reader.statistics()
-        self.metrics.gauge("open_files", self.operations.open_handles)
-        self.metrics.gauge("reads_under_way", self.operations.reads_under_way)
-        self.metrics.gauge("flights", reader.flights)
-        return {
-            "pid": os.getpid(),
-            "mountpoint": self.spec.mountpoint,
-            "inputs": list(self.spec.inputs),
-            "as_root": self.spec.as_root,
-            "since": self.began_at_s,
-            "files": files,
-            "bytes": size,
-            "files_of_unknown_size": unknown,
-            "warnings": len(self.tree.warnings),
-            "open_files": self.reader.open_labels(limit=20),
-            "metrics": self.metrics.snapshot(),
-        }
-
-    async def _on_info(self, request: dict[str, Any]) -> dict[str, Any]:
-        path = str(request.get("path", "")).strip("/")
-        inode = self.tree.find(path)
-        if inode is None:
-            raise errors.UsageError(f"no such file or directory in {self.spec.mountpoint}: {path}")
-        if not self.tree.is_dir(inode):
-            return await trio.to_thread.run_sync(self._info_of_file, inode)
-        return await trio.to_thread.run_sync(self._info_of_directory, inode)
-
-    def _info_of_file(self, inode: Inode) -> dict[str, Any]:
-        size = self.tree.size(inode)
-        shown: dict[str, Any] = {
-            "path": self.tree.path(inode),
-            "type": "file",
-            "size": size,
-            "on_disk": self.tree.local(inode),
-        }
-        if self.tree.local(inode):
-            shown["cached_bytes"] = size
-            if self.tree.file_index(inode) < 0:
-                return shown
-        record = self.manifest.record(self.tree.file_index(inode))
-        shown |= {
-            "input": record.input_name,
-            "name": record.name,
-            "uri": record.uri,
-            "datum_id": record.datum_id,
-            "input_id": record.input_id,
-            "download_intent": record.download_intent,
-            "metadata": record.metadata,
-            "checksums": record.checksums,
-        }
-        if "cached_bytes" not in shown:
-            shown["cached_bytes"] = self.store.cached_bytes(ObjectKey(stable_id(record), size)) if size else 0
-        return shown
-
-    def _info_of_directory(self, inode: Inode) -> dict[str, Any]:
-        files = size = unknown = cached = 0
-        for file in self.tree.walk_files(inode):
-            known = self.tree.size(file)
-            files += 1
-            size += known or 0
-            unknown += known is None
-            if self.tree.local(file):
-                cached += known or 0
-            elif known:
-                cached += self.store.cached_bytes(
-                    ObjectKey(stable_id(self.manifest.record(self.tree.file_index(file))), known)
-                )
-        return {
-            "path": self.tree.path(inode),
-            "type": "directory",
-            "files": files,
-            "size": size,
-            "files_of_unknown_size": unknown,
-            "cached_bytes": cached,
-        }
-
-    def _attributes(self, inode: Inode) -> dict[bytes, bytes]:
-        """The user.valohai.* attributes of a file; no URL is among them."""
-        if self.tree.is_dir(inode):
-            return {}
-        info = self._info_of_file(inode)
-        names = ("uri", "datum_id", "input_id", "cached_bytes", "metadata")
-        return {
-            f"user.valohai.{name}".encode(): value.encode() if isinstance(value, str) else msgspec.json.encode(value)
-            for name in names
-            if (value := info.get(name)) not in (None, [])
-        }
 
 
 def _local_files(base: str, spec: MountSpec) -> LocalFiles | None:
@@ -360,7 +243,7 @@ def main() -> int:
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)
-    except BaseException as error:  # noqa: BLE001 - the last edge: whatever ended the daemon is reported and logged
+    except BaseException as error:  # the last edge: whatever ended the daemon is reported and logged
         cause = _first(error)
         if isinstance(cause, errors.ValohaiFuseError):
             log.error("%s", cause)  # noqa: TRY400 - an error of ours explains itself, a traceback would hide it

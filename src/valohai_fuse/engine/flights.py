@@ -24,7 +24,7 @@ from valohai_fuse import errors
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.objects import RemoteObject
 from valohai_fuse.model.extents import Extent, split_by_segment
-from valohai_fuse.model.retry import DecisionKind, RetryState
+from valohai_fuse.model.retry import GiveUp, Renew, RetryAfter, RetryState
 from valohai_fuse.ports import (
     BlockStore,
     FailureKind,
@@ -70,7 +70,7 @@ class Flight:
         if self.landed >= upto or self.over:
             self._check(upto)
             return
-        self.deadline = max(self.deadline, deadline)
+        self.want(deadline)
         entry = (upto, trio.Event())
         self.waiters.append(entry)
         try:
@@ -79,6 +79,15 @@ class Flight:
             if entry in self.waiters:
                 self.waiters.remove(entry)
         self._check(upto)
+
+    def want(self, deadline: float) -> None:
+        """A reader needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
+        self.deadline = max(self.deadline, deadline)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a reader needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
+        return self.deadline > 0
 
     def _check(self, upto: int) -> None:
         if self.landed < upto and self.error is not None:
@@ -162,7 +171,7 @@ class Flights:
         try:
             with flight.scope:
                 error = await self._attempts(flight)
-        except Exception as bug:  # noqa: BLE001 - this edge absorbs bugs: one failed flight, not a dead mount
+        except Exception as bug:  # this edge absorbs bugs: one failed flight, not a dead mount
             log.exception("a fetch of %s failed for an unforeseen reason", flight.object.label)
             error = errors.ReadError(f"{flight.object.label}: {type(bug).__name__}")
         finally:
@@ -177,37 +186,44 @@ class Flights:
         began = trio.current_time()
         refused: Lease | None = None
         while True:
+            lease: Lease | None = None
+            landed = flight.landed
+            failure: FetchFailed | errors.ValohaiFuseError
             try:
                 lease = await self._leases.lease(flight.object.file, refused)
-            except errors.ReadError as error:
-                return error
-            except errors.ConfigurationError as error:
-                return errors.AccessRefusedError(error.message, hint=error.hint)
-            try:
                 await self._attempt(flight, lease)
-            except FetchFailed as failure:
-                if failure.server_date_s is not None:
-                    self._leases.note_server_date(failure.server_date_s)
-                if failure.kind is FailureKind.CHANGED and flight.object.distrust_cache():
-                    continue
-                if failure.kind is FailureKind.DISK:
-                    self._store.landing_failed(flight.object.key, flight.landed, failure.detail)
-                now = trio.current_time()
-                decision = retry.after(failure, elapsed_s=now - began, deadline_s=max(flight.deadline, now) - began)
-                if decision.kind is DecisionKind.GIVE_UP:
-                    return self._given_up(flight, failure, decision.error)
-                log.debug("%s: %s; %s", flight.object.label, failure, decision)
-                if decision.kind is DecisionKind.RENEW:
-                    refused = lease
-                    continue
-                if not flight.waiters and decision.delay_s > 0:
-                    return errors.StoreUnavailableError(f"{flight.object.label}: {failure.detail}")
-                self._metrics.count("fetch_retries")
-                await trio.sleep(decision.delay_s)
-            except errors.ObjectChangedError as error:
-                return error
+            except (FetchFailed, errors.ReadError, errors.ConfigurationError) as error:
+                failure = error
             else:
                 return None
+            elapsed = trio.current_time() - began
+            if flight.landed > landed:
+                retry.progressed(elapsed_s=elapsed)
+            if self._note(flight, failure):
+                continue
+            decision = retry.after(
+                failure,
+                elapsed_s=elapsed,
+                deadline_s=max(flight.deadline - began, elapsed),
+                lease_age_s=self._leases.age_s(lease) if lease is not None else None,
+            )
+            if isinstance(decision, GiveUp):
+                return self._given_up(flight, failure, decision)
+            log.debug("%s: %s; %s", flight.object.label, failure, decision)
+            self._metrics.count("fetch_retries")
+            refused = lease if isinstance(decision, Renew) else None
+            if isinstance(decision, RetryAfter):
+                await trio.sleep(decision.delay_s)
+
+    def _note(self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError) -> bool:
+        """Tells whoever learns from a failure. True: it is mended, repeat at once."""
+        if not isinstance(failure, FetchFailed):
+            return False
+        if failure.server_date_s is not None:
+            self._leases.note_server_date(failure.server_date_s)
+        if failure.kind is FailureKind.DISK:
+            self._store.landing_failed(flight.object.key, flight.landed, failure.detail)
+        return failure.kind is FailureKind.CHANGED and flight.object.distrust_cache()
 
     async def _attempt(self, flight: Flight, lease: Lease) -> None:
         obj = flight.object
@@ -225,7 +241,7 @@ class Flights:
             lease=lease,
             expect_version=obj.version,
             segment_path=self._store.segment_path(obj.key, flight.extent.start),
-            priority=Priority.DEMAND if flight.waiters else flight.priority,
+            priority=Priority.DEMAND if flight.wanted else flight.priority,
         )
         fetched: Fetched = await self._fetcher.fetch(order, landed)
         if obj.generation != generation:
@@ -233,19 +249,17 @@ class Flights:
         obj.adopt(fetched.version)
         flight.advance(flight.extent.stop)
 
-    def _given_up(self, flight: Flight, failure: FetchFailed, kind: type[errors.ReadError] | None) -> errors.ReadError:
+    def _given_up(
+        self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError, decision: GiveUp
+    ) -> errors.ReadError:
         obj = flight.object
-        if failure.kind is FailureKind.CHANGED:
-            return obj.changed(failure.detail)
-        if failure.kind is FailureKind.MISSING:
-            obj.missing = True
+        if isinstance(failure, FetchFailed):
+            if failure.kind is FailureKind.CHANGED:
+                return obj.changed(failure.detail)
+            if failure.kind is FailureKind.MISSING:
+                obj.missing = True
         self._metrics.count("fetch_failures")
-        error = (kind or errors.ReadError)(f"{obj.label}: {failure.detail}")
-        log.log(
-            logging.WARNING if flight.waiters else logging.INFO,
-            "gave up on %s: %s (%s)",
-            obj.label,
-            failure.detail,
-            failure.kind,
-        )
-        return error
+        level = logging.WARNING if flight.wanted else logging.INFO
+        log.log(level, "gave up on %s: %s", obj.label, decision.message)
+        kind = decision.error_class if issubclass(decision.error_class, errors.ReadError) else errors.AccessRefusedError
+        return kind(f"{obj.label}: {decision.message}", hint=decision.hint)

@@ -169,7 +169,10 @@ class Reader:
                 return result
         self._begin_demand(obj, extent, plan, distrust=distrust)
         self._look_ahead(obj, handle, plan)
-        for flight in self._flights.covering(obj, extent):
+        flights = self._flights.covering(obj, extent)
+        for flight in flights:
+            flight.want(deadline)
+        for flight in flights:
             await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
             handle.check()
         self._metrics.count("miss_bytes", len(extent))

@@ -13,7 +13,7 @@ import trio
 
 from valohai_fuse import errors
 from valohai_fuse.engine.leases import Leases
-from valohai_fuse.model.retry import DecisionKind, RetryState
+from valohai_fuse.model.retry import GiveUp, Renew, RetryAfter, RetryState
 from valohai_fuse.model.tree import Inode, Tree
 from valohai_fuse.ports import FetchFailed, FileRef, Lease, Metrics, SizeProbe
 
@@ -88,15 +88,29 @@ class Sizing:
         began = trio.current_time()
         refused: Lease | None = None
         while True:
-            lease = await self._leases.lease(file, refused)
-            self._metrics.count("probes")
+            lease: Lease | None = None
+            failure: FetchFailed | errors.ValohaiFuseError
             try:
+                lease = await self._leases.lease(file, refused)
+                self._metrics.count("probes")
                 return await self._probe.size(lease)
-            except FetchFailed as failure:
-                if failure.server_date_s is not None:
-                    self._leases.note_server_date(failure.server_date_s)
-                decision = retry.after(failure, elapsed_s=trio.current_time() - began, deadline_s=self._timeout_s)
-                if decision.kind is DecisionKind.GIVE_UP:
-                    raise (decision.error or errors.ReadError)(f"{label}: {failure.detail}") from failure
-                refused = lease if decision.kind is DecisionKind.RENEW else None
-            await trio.sleep(decision.delay_s)
+            except (FetchFailed, errors.ReadError, errors.ConfigurationError) as error:
+                failure = error
+            if isinstance(failure, FetchFailed) and failure.server_date_s is not None:
+                self._leases.note_server_date(failure.server_date_s)
+            decision = retry.after(
+                failure,
+                elapsed_s=trio.current_time() - began,
+                deadline_s=self._timeout_s,
+                lease_age_s=self._leases.age_s(lease) if lease is not None else None,
+            )
+            if isinstance(decision, GiveUp):
+                kind = (
+                    decision.error_class
+                    if issubclass(decision.error_class, errors.ReadError)
+                    else errors.AccessRefusedError
+                )
+                raise kind(f"{label}: {decision.message}", hint=decision.hint)
+            refused = lease if isinstance(decision, Renew) else None
+            if isinstance(decision, RetryAfter):
+                await trio.sleep(decision.delay_s)

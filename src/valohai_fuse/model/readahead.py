@@ -73,7 +73,7 @@ class Planner:
     def on_read(self, start: int, stop: int) -> Plan:
         """The plan for a read of [start, stop), which lies within the file."""
         self._tick += 1
-        stream = self._match(start, stop)
+        stream = self._match(start)
         if stream is None:
             return self._begin(start, stop)
         if stop > stream.cursor:
@@ -83,7 +83,7 @@ class Planner:
         demand = align(start, stop, self._size)
         return Plan(demand, self._refill(stream, demand))
 
-    def _match(self, start: int, stop: int) -> _Stream | None:
+    def _match(self, start: int) -> _Stream | None:
         best: _Stream | None = None
         for stream in self._streams:
             trusted = stream.run_bytes >= TRUSTED_RUN_BYTES
