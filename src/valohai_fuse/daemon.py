@@ -23,6 +23,7 @@ from valohai_fuse import errors
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
+from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.engine.sizing import Sizing
 from valohai_fuse.fetch.pool import WorkerPool
 from valohai_fuse.handshake import MountSpec, Report, failed
@@ -106,7 +107,7 @@ class Daemon:
                 describe=catalogue.file,
                 timeout_s=settings.read_timeout,
             )
-            flights = Flights(nursery=nursery, fetcher=self.pool, store=store, leases=leases, metrics=self.metrics)
+            flights = Flights(nursery=nursery, fetcher=pool, store=store, leases=leases, metrics=self.metrics)
             reader = Reader(
                 store=store,
                 flights=flights,
@@ -121,6 +122,7 @@ class Daemon:
                 tree=self.tree,
                 reader=reader,
                 sizing=sizing,
+                siblings=SiblingAhead(self.tree, reader.fetch_ahead),
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=self.inspection.attributes if settings.xattrs else None,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -134,6 +134,8 @@ class Flights:
         self._metrics = metrics
         self.active = 0
         self.active_bytes = 0
+        self.idle: Callable[[RemoteObject], None] = lambda obj: None
+        """Told of each object whose last flight has ended."""
 
     def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority) -> None:
         """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store."""
@@ -179,6 +181,8 @@ class Flights:
             self.active -= 1
             self.active_bytes -= len(flight.extent)
             flight.end(error)
+            if not flight.object.flights:
+                self.idle(flight.object)
 
     async def _attempts(self, flight: Flight) -> errors.ReadError | None:
         """Tries until the flight has landed (None) or the policy gives up (why)."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from valohai_fuse.errors import ObjectChangedError
 from valohai_fuse.model.readahead import Planner
+from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import FileRef, ObjectKey, Version
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class RemoteObject:
         "version",
     )
 
-    def __init__(self, key: ObjectKey, file: FileRef, label: str) -> None:
+    def __init__(self, inode: Inode, key: ObjectKey, file: FileRef, label: str) -> None:
+        self.inode = inode
         self.key = key
         self.file = file
         self.label = label
@@ -57,6 +59,11 @@ class RemoteObject:
             self.version = version
         elif self.version != version:
             raise self.changed("its ETag is not what it was")
+
+    @property
+    def forgettable(self) -> bool:
+        """Nobody uses it and there is nothing to remember of it: a later open may begin anew."""
+        return not (self.handles or self.flights or self.generation or self.missing)
 
     def distrust_cache(self) -> bool:
         """The store says that the pinned version is gone. True: nothing was served under it, so forget it and go on."""

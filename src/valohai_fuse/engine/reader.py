@@ -19,7 +19,7 @@ from valohai_fuse import errors
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.objects import Handle, RemoteObject
 from valohai_fuse.model.extents import Extent, align
-from valohai_fuse.model.readahead import Plan
+from valohai_fuse.model.readahead import FIRST_READ_BYTES, Plan
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import ABSENT, COLD, BlockStore, FileRef, Metrics, NotHere, ObjectKey, Priority
 
@@ -67,6 +67,7 @@ class Reader:
         self._objects: dict[Inode, RemoteObject] = {}
         self._handles = 0
         self._waiting = 0
+        flights.idle = self._forget
 
     # --- handles ---
 
@@ -75,10 +76,7 @@ class Reader:
 
         Raises ObjectMissingError when the store is known to have lost it.
         """
-        obj = self._objects.get(inode)
-        if obj is None:
-            key, file, label = self._describe(inode)
-            obj = self._objects[inode] = RemoteObject(key, file, label)
+        obj = self._object(inode)
         if obj.missing and not obj.handles:
             obj.missing = False  # it may be back: the next read finds out
             raise errors.ObjectMissingError(f"{obj.label}: the store says that it does not exist")
@@ -86,15 +84,39 @@ class Reader:
         self._handles += 1
         return Handle(obj, self._window_bytes_max), obj.generation == 0
 
-    def close(self, inode: Inode, handle: Handle) -> None:
+    def close(self, handle: Handle) -> None:
         """The last close of a file forgets it, except that it changed or vanished, which later opens must know."""
         obj = handle.object
         obj.handles -= 1
         self._handles -= 1
         if obj.handles == 0:
             self._flights.abandon(obj)
-            if obj.generation == 0 and not obj.missing and self._objects.get(inode) is obj:
-                del self._objects[inode]
+            self._forget(obj)
+
+    def fetch_ahead(self, inode: Inode) -> bool:
+        """Begins fetching a file that nobody has opened yet: the whole of a small one, the beginning of a large one.
+
+        False: as much is in flight as readahead may take.
+        """
+        if self._flights.active_bytes >= self._window_bytes_max:
+            return False
+        obj = self._object(inode)
+        if obj.handles == 0 and not obj.flights and not obj.missing:
+            wanted = align(0, min(obj.key.size, FIRST_READ_BYTES), obj.key.size)
+            self._begin_ahead(obj, wanted)
+        self._forget(obj)
+        return True
+
+    def _object(self, inode: Inode) -> RemoteObject:
+        obj = self._objects.get(inode)
+        if obj is None:
+            key, file, label = self._describe(inode)
+            obj = self._objects[inode] = RemoteObject(inode, key, file, label)
+        return obj
+
+    def _forget(self, obj: RemoteObject) -> None:
+        if obj.forgettable and self._objects.get(obj.inode) is obj:
+            del self._objects[obj.inode]
 
     # --- reading ---
 
@@ -119,15 +141,18 @@ class Reader:
         return found
 
     def _look(self, obj: RemoteObject, extent: Extent) -> Bytes | NotHere:
-        if obj.version is None:
-            if obj.cache_distrusted:
-                return ABSENT
-            version = self._store.version(obj.key, extent.start)
-            if version is None:
-                return ABSENT
-            obj.adopt(version)
+        if not self._version_known(obj, extent.start):
+            return ABSENT
         assert obj.version is not None
         return self._store.read_nowait(obj.key, obj.version, extent)
+
+    def _version_known(self, obj: RemoteObject, offset: int) -> bool:
+        """Whether the version is pinned; the cache may pin it, unless the store has contradicted the cache."""
+        if obj.version is None and not obj.cache_distrusted:
+            version = self._store.version(obj.key, offset)
+            if version is not None:
+                obj.adopt(version)
+        return obj.version is not None
 
     async def _fetch_and_read(self, handle: Handle, extent: Extent, plan: Plan, found: NotHere) -> Bytes:
         obj = handle.object
@@ -203,7 +228,14 @@ class Reader:
         if not plan.ahead:
             return
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
-        gaps = [plan.ahead] if obj.version is None else self._store.missing(obj.key, obj.version, plan.ahead)
+        self._begin_ahead(obj, plan.ahead)
+
+    def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
+        if self._version_known(obj, wanted.start):
+            assert obj.version is not None
+            gaps = self._store.missing(obj.key, obj.version, wanted)
+        else:
+            gaps = [wanted]
         for gap in gaps:
             self._metrics.count("ahead_bytes", len(gap))
             self._flights.begin(obj, gap, Priority.AHEAD)

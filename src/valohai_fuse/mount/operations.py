@@ -30,6 +30,7 @@ from pyfuse3 import (
 
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.engine.reader import Bytes, Reader
+from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.engine.sizing import Sizing
 from valohai_fuse.model.tree import Inode, Tree
 from valohai_fuse.mount.errnos import guarded
@@ -54,7 +55,6 @@ class Ownership:
 
 @dataclass(slots=True)
 class _RemoteHandle:
-    inode: Inode
     handle: Handle
 
 
@@ -77,6 +77,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         tree: Tree,
         reader: Reader,
         sizing: Sizing,
+        siblings: SiblingAhead,
         owner: Ownership,
         open_local: Callable[[str], int],
         attributes_of: Callable[[Inode], dict[bytes, bytes]] | None,
@@ -85,6 +86,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         self._tree = tree
         self._reader = reader
         self._sizing = sizing
+        self._siblings = siblings
         self._owner = owner
         self._open_local = open_local
         self._attributes_of = attributes_of
@@ -177,7 +179,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
             if self._tree.size(own) is None:
                 await self._sizing.wait_known(own)
             handle, keep_cache = self._reader.open(own)
-            opened = _RemoteHandle(own, handle)
+            opened = _RemoteHandle(handle)
+            self._siblings.on_open(own)
         number = self._number()
         self._handles[number] = opened
         return FileInfo(fh=FileHandleT(number), keep_cache=keep_cache)
@@ -199,7 +202,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         """The last descriptor of an open is gone."""
         opened = self._handles.pop(fh)
         if isinstance(opened, _RemoteHandle):
-            self._reader.close(opened.inode, opened.handle)
+            self._reader.close(opened.handle)
         else:
             os.close(opened.descriptor)
 
