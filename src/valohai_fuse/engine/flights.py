@@ -134,7 +134,7 @@ class Flights:
         self._metrics = metrics
         self.active = 0
         self.active_bytes = 0
-        self.idle: Callable[[RemoteObject], None] = lambda obj: None
+        self.idle: Callable[[RemoteObject], None] | None = None
         """Told of each object whose last flight has ended."""
 
     def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority) -> None:
@@ -181,7 +181,7 @@ class Flights:
             self.active -= 1
             self.active_bytes -= len(flight.extent)
             flight.end(error)
-            if not flight.object.flights:
+            if self.idle is not None and not flight.object.flights:
                 self.idle(flight.object)
 
     async def _attempts(self, flight: Flight) -> errors.ReadError | None:

@@ -31,6 +31,7 @@ class RemoteObject:
         "flights",
         "generation",
         "handles",
+        "inode",
         "key",
         "label",
         "missing",
