@@ -12,8 +12,8 @@ import subprocess
 from valohai_fuse.errors import ConfigurationError
 
 
-def authority_and_server_context(directory: str) -> tuple[str, ssl.SSLContext]:
-    """Makes `<directory>/tls/`; the path of the authority's PEM and a context for 127.0.0.1 and localhost.
+def make_authority(directory: str) -> str:
+    """Makes `<directory>/tls/` with a certificate for 127.0.0.1 and localhost; the path of the authority's PEM.
 
     Raises ConfigurationError when the openssl command is missing or fails.
     """
@@ -31,7 +31,7 @@ def authority_and_server_context(directory: str) -> tuple[str, ssl.SSLContext]:
         *("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
         *("-out", "server.pem", "-days", "30", "-extfile", "names"),
     )
-    return os.path.join(folder, "ca.pem"), server_context(directory)
+    return os.path.join(folder, "ca.pem")
 
 
 def server_context(directory: str) -> ssl.SSLContext:

@@ -10,6 +10,7 @@ it; nothing here may be called on a trio thread that must not block for long (st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -63,7 +64,6 @@ class Sandbox:
         self.url_lifetime_s = url_lifetime_s
         self.execution_id = str(uuid.uuid4())
         self.token = f"vhx-sandbox-{uuid.uuid4().hex}"
-        self._owns_root = root is None
         self._root_given = None if root is None else os.path.abspath(os.fspath(root))
         self._form: Form = form
         self._forms = dict(forms or {})
@@ -74,6 +74,7 @@ class Sandbox:
         self._writes = {"inputs.json": json_too, "inputs.yaml": yaml_too, "api.json": api_json}
         self._signer = Signer(self.clock)
         self._elsewhere: ObjectStore | None = None
+        self._undo = contextlib.ExitStack()
         self.root = ""
         self.ca_file: str | None = None
         """With `tls`: the certificate authority (PEM) that vouches for store and API."""
@@ -92,15 +93,21 @@ class Sandbox:
         self.close()
 
     def start(self) -> None:
-        """Servers up, files written. Raises OSError; nothing is left then."""
+        """Servers up, files written. Whatever it raises (OSError, ConfigurationError): nothing is left then."""
+        with contextlib.ExitStack() as undo:
+            self._start(undo)
+            self._undo = undo.pop_all()
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
         self.root = self._root_given or tempfile.mkdtemp(prefix="valohai-sandbox-")
-        os.makedirs(self.root, exist_ok=True)
+        if self._root_given is None:
+            undo.callback(shutil.rmtree, self.root, ignore_errors=True)
         os.makedirs(self.config_dir, exist_ok=True)
         os.makedirs(self.inputs_dir, exist_ok=True)
-        context = None
         if self._tls:
-            self.ca_file, context = certificates.authority_and_server_context(self.root)
+            self.ca_file = certificates.make_authority(self.root)
         self.store = self._make_store("store")
+        undo.callback(self.store.close)
         self.store.first_byte_delay_s = self._first_byte_delay_s
         self.api = ValohaiApi(
             self.dataset,
@@ -109,15 +116,15 @@ class Sandbox:
             execution_id=self.execution_id,
             token=self.token,
             revoke=self._signer.revoke_minted,
-            tls=context,
+            tls=certificates.server_context(self.root) if self._tls else None,
         )
+        undo.callback(self.api.close)
         self.store.start()
         self.api.start()
         self.write_config()
         self._download_always()
 
     def _make_store(self, name: str) -> ObjectStore:
-        context = certificates.server_context(self.root) if self._tls else None
         return ObjectStore(
             self.dataset.by_key,
             self._signer,
@@ -125,17 +132,13 @@ class Sandbox:
             name=name,
             secrets=(self.token,),
             allow_unsigned="plain" in {self._form, *self._forms.values()},
-            tls=context,
+            tls=certificates.server_context(self.root) if self._tls else None,
         )
 
     def close(self) -> None:
-        """Everything ends; the directory goes unless `root` was given."""
-        for server in (self.api, self.store, self._elsewhere):
-            if server is not None:
-                server.close()
+        """Everything ends; the directory goes unless `root` was given. Does nothing the second time."""
+        self._undo.close()
         self._elsewhere = None
-        if self._owns_root:
-            shutil.rmtree(self.root, ignore_errors=True)
 
     # --- places ---------------------------------------------------------------------------------------------------------
 
@@ -154,6 +157,7 @@ class Sandbox:
         """Another host with the same objects and signatures, for redirects; started when first asked for."""
         if self._elsewhere is None:
             self._elsewhere = self._make_store("elsewhere")
+            self._undo.callback(self._elsewhere.close)
             self._elsewhere.start()
         return self._elsewhere
 
