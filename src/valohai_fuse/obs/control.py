@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from valohai_fuse.errors import ValohaiFuseError
-from valohai_fuse.obs.control_client import NoAnswerError, ask
+from valohai_fuse.obs.control_client import NoAnswerError, address, ask
 from valohai_fuse.obs.redaction import redact
 
 __all__ = ["Handler", "NoAnswerError", "ask", "serve"]
@@ -73,7 +73,8 @@ async def _listen(path: str) -> trio.SocketListener:
             os.unlink(path)
     channel = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
-        await channel.bind(path)
+        with address(path) as where:
+            await channel.bind(where)
         os.chmod(path, 0o600)
         channel.listen(CLIENTS_MAX)
         return trio.SocketListener(channel)

@@ -7,14 +7,19 @@ One request is one line of JSON, `{"op": "status", ...}`; so is the answer, `{"o
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from valohai_fuse import errors
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
+_ADDRESS_BYTES_MAX = 100
+"""A unix address holds 107 bytes (unix(7)); above this it is written through a descriptor of its directory."""
 
 
 class NoAnswerError(errors.ValohaiFuseError):
@@ -50,11 +55,26 @@ def ask(path: str, op: str, timeout_s: float = 5.0, **fields: Any) -> dict[str, 
     return dict(answer)
 
 
+@contextlib.contextmanager
+def address(path: str) -> Iterator[str]:
+    """`path` in a form that fits a unix address, valid inside the block. Raises OSError when its directory is not there."""
+    if len(os.fsencode(path)) <= _ADDRESS_BYTES_MAX:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
 def _exchange(path: str, request: bytes, timeout_s: float) -> bytes:
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as channel:
         channel.settimeout(timeout_s)
-        channel.connect(path)
+        with address(path) as where:
+            channel.connect(where)
         channel.sendall(request)
         received = bytearray()
         while not received.endswith(b"\n"):
