@@ -29,12 +29,12 @@ def test_a_leaked_descriptor_is_seen(ours: Ours) -> None:
 
 
 def test_a_child_is_seen_until_it_is_reaped(ours: Ours) -> None:
-    """A child process is named with its command line."""
+    """A child process is named until somebody has waited for it."""
     before = Snapshot.take(ours)
     with subprocess.Popen(["sleep", "60"]) as child:
         left = left_since(before, ours, patience_s=0)
         child.kill()
-    assert left == [f"process {child.pid}: sleep 60"]
+    assert [line.partition(":")[0] for line in left] == [f"process {child.pid}"]
     assert left_since(before, ours) == []
 
 
@@ -45,7 +45,7 @@ def test_a_grandchild_in_a_session_of_its_own_is_seen(ours: Ours) -> None:
     pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=20, check=True).stdout)
     left = left_since(before, ours, patience_s=0)
     os.kill(pid, 9)
-    assert left == [f"process {pid}: sleep 60"]
+    assert [line.partition(":")[0] for line in left] == [f"process {pid}"]
     assert left_since(before, ours) == []
 
 
