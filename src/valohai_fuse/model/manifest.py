@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 
 from valohai_fuse.model import identity
+from valohai_fuse.model.file_ref import FileRef
 from valohai_fuse.model.notices import Notices
-from valohai_fuse.ports import FileRef
 
 ON_DEMAND = "on-demand"
 SIZE_BYTES_MAX = 2**63 - 1
@@ -76,15 +76,16 @@ class FileRecord:
             index=self.position,
         )
 
-    def stable_id(self) -> str:
-        """The identity of the file's object, for `ports.ObjectKey`; never holds a query or a credential."""
-        return identity.stable_id(
-            datum_id=self.datum_id,
-            uri=self.uri,
-            storage_uri=self.storage_uri,
-            within=self.input_id or self.input_name,
-            name=self.name,
-        )
+
+def stable_id(record: FileRecord) -> str:
+    """The identity of the file's object, for `ports.ObjectKey`; never holds a query or a credential. See `identity`."""
+    return identity.stable_id(
+        datum_id=record.datum_id,
+        uri=record.uri,
+        storage_uri=record.storage_uri,
+        within=record.input_id or record.input_name,
+        name=record.name,
+    )
 
 
 class CheckedFile(msgspec.Struct, gc=False):

@@ -132,6 +132,7 @@ class _Filling:
         names: list[str] = []
         paths: list[str] = []
         odd_path = False
+        below = f"/{part.name}/"
         find, search_from = data.find, start + 1
         for raw in files_of(part, origin=self.origin):
             entry = self._decode(part, len(names), raw)
@@ -149,7 +150,8 @@ class _Filling:
             if "\0" in name:
                 columns.unwritable[len(columns.sizes) - 1] = name
                 name = ""
-            if path and not path.endswith(f"/{part.name}/{name}") and "\0" not in path:
+            # Kept only where it says something else than `name` does; nearly always it is .../<input>/<name>.
+            if path and path[path.find(below) + len(below) :] != name and "\0" not in path:
                 odd_path = True
                 paths.append(path)
             else:
