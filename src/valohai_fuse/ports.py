@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from valohai_fuse.model.extents import Extent
 from valohai_fuse.model.failure import FailureKind, FetchFailed
+from valohai_fuse.model.file_ref import FileRef
 
 __all__ = [
     "ABSENT",
@@ -63,20 +64,6 @@ class ObjectKey:
 
 Version = str
 """An ETag exactly as the store sent it; "" when the store sends none."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRef:
-    """One file of one input, as the manifest names it: enough to ask any source for a URL."""
-
-    input_name: str
-    input_id: str | None
-    name: str
-    uri: str | None
-    datum_id: str | None
-    storage_uri: str | None = field(repr=False)
-    index: int
-    """Position in the input's list of files."""
 
 
 @dataclass(frozen=True, slots=True)
