@@ -1,0 +1,54 @@
+"""Fixtures for tests on a real mount. Every test in this folder has the marker `mount`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.mounts import MountedSandbox
+from valohai_fuse.sandbox.dataset import InputSpec
+from valohai_fuse.sandbox.valohai import Sandbox
+
+HERE = Path(__file__).parent
+
+MountInputs = Callable[..., MountedSandbox]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is in this folder, so that `-m "not mount"` works where FUSE does not."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("mount")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fuse_is_usable() -> None:
+    """Says in one sentence what would otherwise be a hundred failures."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.exit("/dev/fuse cannot be opened here; run the rest with: ./scripts/test -m 'not mount'", returncode=1)
+
+
+@pytest.fixture
+def mount_inputs(own_directories: Path) -> Iterator[MountInputs]:
+    """`mount_inputs({"data": {"a.bin": ramp(10**6)}}, options=[...], **sandbox_options)` -> a MountedSandbox.
+
+    Unmounts and stops at the end of the test.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def mount(
+            inputs: Mapping[str, InputSpec],
+            *,
+            options: tuple[str, ...] = (),
+            expected_warnings: tuple[str, ...] = (),
+            **sandbox_options: Any,
+        ) -> MountedSandbox:
+            sandbox = stack.enter_context(Sandbox(inputs, root=own_directories / "valohai", **sandbox_options))
+            return stack.enter_context(MountedSandbox(sandbox, options=options, expected_warnings=expected_warnings))
+
+        yield mount
