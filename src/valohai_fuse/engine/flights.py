@@ -212,6 +212,8 @@ class Flights:
                 lease_age_s=self._leases.age_s(lease) if lease is not None else None,
             )
             if isinstance(decision, GiveUp):
+                if lease is not None and decision.error_class is errors.AccessRefusedError:
+                    self._leases.note_denied(flight.object.file, lease)
                 return self._given_up(flight, failure, decision)
             log.debug("%s: %s; %s", flight.object.label, failure, decision)
             self._metrics.count("fetch_retries")
