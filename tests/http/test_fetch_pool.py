@@ -43,9 +43,9 @@ def test_sequential_orders_use_one_connection(tmp_path: Path) -> None:
             assert fresh == [True] + [False] * 11
             assert r.store.connections == 1
             assert r.pool.statistics().connections_new == 1
-            assert r.metrics.counters["fetch.connections_new"] == 1
-            assert r.metrics.counters["fetch.requests"] == 12
-            assert r.metrics.counters["fetch.bytes"] == 12 * SIZE
+            assert r.metrics.counters["connections_opened"] == 1
+            assert r.metrics.counters["fetches"] == 12
+            assert r.metrics.counters["fetched_bytes"] == 12 * SIZE
 
     trio.run(scenario)
 
@@ -219,7 +219,7 @@ def test_killed_idle_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         async with rig(tmp_path) as r:
             await r.fetch(r.order())
             os.kill(r.pool.worker_pids[0], signal.SIGKILL)
-            await r.metrics.wait_gauge("fetch.workers", 0)
+            await r.metrics.wait_gauge("workers", 0)
             await r.fetch(r.order())
 
     trio.run(scenario)
@@ -272,8 +272,8 @@ def test_workers_follow_the_load(tmp_path: Path) -> None:
                     await _under_way(r, i + 2)
                 assert r.pool.statistics().workers == 2
                 gate.set()
-            assert r.metrics.gauges["fetch.workers"] == 2
-            await r.metrics.wait_gauge("fetch.workers", 1)
+            assert r.metrics.gauges["workers"] == 2
+            await r.metrics.wait_gauge("workers", 1)
             assert r.pool.statistics().workers == 1
             await r.fetch(r.order())
 
@@ -336,7 +336,7 @@ def test_orders_end_with_the_pool(tmp_path: Path) -> None:
                 os.kill(pid, 0)
             with pytest.raises(FetchFailed):
                 await pool.fetch(r.order(), _ignore)
-            assert metrics.gauges["fetch.workers"] == 0
+            assert metrics.gauges["workers"] == 0
 
     trio.run(scenario)
 

@@ -234,7 +234,7 @@ class WorkerPool:
         self._active += 1
         self._active_ahead += ticket.priority is Priority.AHEAD
         self._requests += 1
-        self._metrics.count("fetch.requests")
+        self._metrics.count("fetches")
         worker.process.post(ticket.framed)
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
@@ -285,10 +285,10 @@ class WorkerPool:
 
     def _count(self, fetched_bytes: int, *, new_connection: bool) -> None:
         if fetched_bytes > 0:
-            self._metrics.count("fetch.bytes", fetched_bytes)
+            self._metrics.count("fetched_bytes", fetched_bytes)
         if new_connection:
             self._connections_new += 1
-            self._metrics.count("fetch.connections_new")
+            self._metrics.count("connections_opened")
 
     def _conclude(self, ticket: _Ticket, result: Fetched | BaseException) -> None:
         """Frees what an order under way holds, and passes it on to the next."""
@@ -334,7 +334,7 @@ class WorkerPool:
             return
         worker = _Worker(process, idle_since_s=trio.current_time())
         self._workers.append(worker)
-        self._metrics.gauge("fetch.workers", len(self._workers))
+        self._metrics.gauge("workers", len(self._workers))
         if len(self._workers) > 1:
             self._several_workers.set()
         self._nursery.start_soon(self._serve, worker)
@@ -348,7 +348,7 @@ class WorkerPool:
     def _bury(self, worker: _Worker) -> None:
         if worker in self._workers:  # not one that was closed for idleness
             self._workers.remove(worker)
-            self._metrics.gauge("fetch.workers", len(self._workers))
+            self._metrics.gauge("workers", len(self._workers))
         if worker.orders and self._nursery is not None:
             _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.orders))
         for ticket in list(worker.orders.values()):
@@ -364,7 +364,7 @@ class WorkerPool:
                 if len(self._workers) > 1:
                     self._workers.remove(worker)
                     worker.process.close()
-            self._metrics.gauge("fetch.workers", len(self._workers))
+            self._metrics.gauge("workers", len(self._workers))
             if len(self._workers) <= 1:
                 self._several_workers = trio.Event()
 
