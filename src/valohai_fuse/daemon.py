@@ -25,7 +25,7 @@ from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
 from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.engine.sizing import Sizing
-from valohai_fuse.fetch.pool import WorkerPool
+from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Inspection
 from valohai_fuse.model.tree import build
@@ -35,10 +35,9 @@ from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
 from valohai_fuse.settings import Settings
-from valohai_fuse.sources import manifest_file
-from valohai_fuse.sources.api_file import load_api_file
+from valohai_fuse.sources import api_file, manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.sources.size_probe import HttpxSizeProbe
+from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.segments import SegmentStore
 
@@ -78,26 +77,24 @@ class Daemon:
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
-            store = SegmentStore(settings.cache_dir, metrics=self.metrics)
+            store = SegmentStore(settings.cache_dir)
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            pool = await stack.enter_async_context(
-                WorkerPool(
-                    workers_max=settings.workers or min(4, os.cpu_count() or 1),
-                    connections=settings.connections,
-                    connect_timeout_s=settings.connect_timeout,
-                    stall_timeout_s=settings.stall_timeout,
-                    ca_file=settings.ca_file,
-                    metrics=self.metrics,
-                )
+            pool = await stack.enter_async_context(open_pool(self._pool()))
+            api = self._api()
+            if api is not None:
+                stack.push_async_callback(api.aclose)
+            leases = Leases(
+                api,
+                nursery=nursery,
+                clock=time.time,
+                margin_s=settings.renew_margin,
+                api_path=api_file.path_in(settings.config_dir),
             )
-            api_file = load_api_file(settings.config_dir)
-            api = ValohaiApi(api_file, settings=settings, clock=time.time)
-            stack.push_async_callback(api.aclose)
-            leases = Leases(api, clock=time.time, margin_s=settings.renew_margin, nursery=nursery, metrics=self.metrics)
-            probe = HttpxSizeProbe(settings)
-            stack.push_async_callback(probe.aclose)
+            probe = await stack.enter_async_context(
+                HttpSizeProbe(clock=time.time, ca_file=settings.ca_file, connect_timeout_s=settings.connect_timeout)
+            )
             sizing = Sizing(
                 nursery=nursery,
                 tree=self.tree,
@@ -117,7 +114,7 @@ class Daemon:
                 window_bytes_max=settings.readahead,
                 window_bytes_total=settings.readahead_total,
             )
-            self.inspection = Inspection(spec, catalogue, store, reader, self.metrics, began_at_s=time.time())
+            self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
             self.operations = Operations(
                 tree=self.tree,
                 reader=reader,
@@ -128,6 +125,31 @@ class Daemon:
                 attributes_of=self.inspection.attributes if settings.xattrs else None,
             )
             await self._serve(nursery, report)
+
+    def _pool(self) -> WorkerPool:
+        settings = self.settings
+        return WorkerPool(
+            metrics=self.metrics,
+            workers=settings.workers,
+            connections=settings.connections,
+            connect_timeout_s=settings.connect_timeout,
+            stall_timeout_s=settings.stall_timeout,
+            ca_file=settings.ca_file,
+        )
+
+    def _api(self) -> ValohaiApi | None:
+        """None without an api.json, which is fine until a renewal is needed."""
+        settings = self.settings
+        request = api_file.load(settings.config_dir)
+        if request is None:
+            return None
+        return ValohaiApi(
+            request,
+            clock=time.time,
+            parameter=settings.api_input_parameter,
+            ca_file=settings.ca_file,
+            connect_timeout_s=settings.connect_timeout,
+        )
 
     async def _serve(self, nursery: trio.Nursery, report: ReportPipe) -> None:
         settings, spec = self.settings, self.spec
@@ -150,7 +172,7 @@ class Daemon:
                     pid=os.getpid(),
                     files=files,
                     bytes=size,
-                    warnings=tuple(self.tree.warnings[:WARNINGS_REPORTED_MAX]),
+                    warnings=self.tree.warnings[:WARNINGS_REPORTED_MAX],
                 )
             )
             await self._wait_ending(session)

@@ -13,14 +13,14 @@ import msgspec
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
 from valohai_fuse.handshake import MountSpec
-from valohai_fuse.model.manifest import stable_id
+from valohai_fuse.model.manifest import Manifest, stable_id
 from valohai_fuse.model.tree import Inode, Tree
 from valohai_fuse.model.urls import redact
 from valohai_fuse.obs.metrics import Counts
 from valohai_fuse.ports import BlockStore, FileRef, ObjectKey
-from valohai_fuse.sources.manifest_file import Manifest
 
 OPEN_FILES_SHOWN = 20
 FILES_PER_BREATH = 200
@@ -55,6 +55,7 @@ class Inspection:
         catalogue: Catalogue,
         store: BlockStore,
         reader: Reader,
+        leases: Leases,
         metrics: Counts,
         *,
         began_at_s: float,
@@ -64,6 +65,7 @@ class Inspection:
         self._tree = catalogue.tree
         self._store = store
         self._reader = reader
+        self._leases = leases
         self._metrics = metrics
         self._began_at_s = began_at_s
 
@@ -85,7 +87,16 @@ class Inspection:
             "files_of_unknown_size": unknown,
             "warnings": len(self._tree.warnings),
             "open_files": self._reader.open_labels(OPEN_FILES_SHOWN),
-            "metrics": self._metrics.snapshot(),
+            "metrics": self._metrics.snapshot() | self._renewals(),
+        }
+
+    def _renewals(self) -> dict[str, float]:
+        leases = self._leases.statistics()
+        return {
+            "renewals": leases.renewals,
+            "renewal_failures": leases.renewals_failed,
+            "urls_refused": leases.refused,
+            "clock_skew_seconds": leases.clock_skew_s or 0.0,
         }
 
     async def info(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from valohai_fuse.errors import MountFailedError
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.mount import table
 from valohai_fuse.obs.logs import LineFormatter
+from valohai_fuse.obs.redaction import redact
 from valohai_fuse.obs.runtime_dir import MountRecord, RuntimeDir, mount_id, process_start
 
 STOP_SLACK_S: Final = 10.0
@@ -103,9 +104,16 @@ class Supervisor:
     """Runs a plan to its end. `on_start` gets the reports once; `on_stop` is called when stopping begins."""
 
     def __init__(
-        self, plan: Plan, *, on_start: Start, on_stop: Callable[[], None] = lambda: None, lifeline: int = -1
+        self,
+        plan: Plan,
+        *,
+        on_start: Start,
+        on_stop: Callable[[], None] = lambda: None,
+        lifeline: int = -1,
+        daemon_command: Sequence[str] | None = None,
     ) -> None:
         self._plan = plan
+        self._daemon_command = list(daemon_command or child_command("valohai_fuse.daemon"))
         self._on_start = on_start
         self._on_stop = on_stop
         self._runtime = RuntimeDir(plan.runtime_dir)
@@ -210,7 +218,7 @@ class Supervisor:
                 except OSError:
                     stderr = subprocess.DEVNULL  # the daemon says in its log that it cannot write one, nobody hears it
             process = subprocess.Popen(
-                child_command("valohai_fuse.daemon", spec_fd, report_w),
+                [*self._daemon_command, str(spec_fd), str(report_w)],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
@@ -258,11 +266,11 @@ class Supervisor:
         try:
             report = msgspec.json.decode(daemon.received, type=Report)
         except msgspec.MsgspecError:
-            report = failed(
-                MountFailedError(
-                    f"{daemon.mountpoint}: the daemon ended before its mount answered", hint=self._log_hint(daemon)
-                )
+            said = _last_words(daemon.record.log_path)
+            message = f"{daemon.mountpoint}: the daemon ended before its mount answered" + (
+                f" ({said})" if said else ""
             )
+            report = failed(MountFailedError(message, hint=self._log_hint(daemon)))
         daemon.report = daemon.report or report
 
     def _log_hint(self, daemon: _Daemon) -> str | None:
@@ -348,6 +356,17 @@ class Supervisor:
                 return
             with open(daemon.record.log_path, "a", encoding="utf-8") as log:
                 log.write(line + "\n")
+
+
+def _last_words(log_path: str) -> str:
+    """The last line of a log, which is the exception where a traceback ends it; empty when there is none."""
+    try:
+        with open(log_path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))
+            lines = log.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return redact(lines[-1])[:300] if lines else ""
 
 
 def main(argv: Sequence[str]) -> int:

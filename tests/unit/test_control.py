@@ -53,6 +53,7 @@ def test_a_question_is_answered_and_the_socket_is_the_owners_alone(tmp_path: Pat
     assert not os.path.exists(path)
 
 
+@pytest.mark.expect_warnings("the control request 'broken' failed")
 def test_errors_come_back_as_their_class_and_bugs_without_secrets(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
 

@@ -102,6 +102,7 @@ def test_a_log_line_has_time_level_subject_module_and_no_secret() -> None:
     assert any("ValueError" in more for more in rest)
 
 
+@pytest.mark.expect_warnings("cannot write the log to")
 def test_the_log_file_is_private_and_not_through_a_link(tmp_path: Path) -> None:
     before, level = logging.getLogger().handlers[:], logging.getLogger().level
     target = tmp_path / "a.log"

@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
         result = cli.main(mount_helper.translate(arguments, VERBS), prog_name="valohai-fuse", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as usage:
-        print(usage.ctx.get_help() if usage.ctx else "", file=sys.stderr)
+        print(usage.ctx.get_help(), file=sys.stderr)
         return 2
     except click.ClickException as usage:
         where = usage.ctx.command_path if isinstance(usage, click.UsageError) and usage.ctx else "valohai-fuse"

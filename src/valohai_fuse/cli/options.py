@@ -58,7 +58,7 @@ class Verb(click.Command):
         with formatter.section("Example"):
             for line in self.example.splitlines():
                 formatter.write_text(line)
-        own = [p for p in self.get_params(ctx) if not isinstance(p, TableOption)]
+        own = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and not isinstance(p, TableOption)]
         records = [record for p in own if (record := p.get_help_record(ctx)) is not None]
         if records:
             with formatter.section("Options"):
@@ -80,14 +80,14 @@ def verb(
     """
 
     def decorate(function: Callable[..., int | None]) -> Verb:
-        @functools.wraps(function)
-        def body(**parameters: Any) -> int | None:
+        def call(**parameters: Any) -> int | None:
             flags = {option.name: parameters.pop(option.name) for option in OPTIONS if option.name in parameters}
             settings = resolve(flags)
             _effective[:] = [settings]
             return function(settings, **parameters)
 
-        for option in reversed(OPTIONS):
+        body: Callable[..., int | None] = functools.update_wrapper(call, function)
+        for option in OPTIONS:  # click turns the whole list round
             if option.group in {"location", *groups} or option.name == "log_level":
                 body = _with_parameter(body, TableOption(option))
         made = click.command(name, cls=Verb, example=example, **attributes)(body)

@@ -210,8 +210,8 @@ class Reader:
     def _begin_demand(self, obj: RemoteObject, extent: Extent, plan: Plan, *, distrust: bool) -> None:
         demand = align(extent.start, extent.stop, obj.key.size)
         if obj.version is None or distrust:
-            joined = plan.ahead.stop if plan.ahead.start == demand.stop else demand.stop
-            self._flights.begin(obj, Extent(demand.start, joined), Priority.DEMAND)
+            stop = plan.ahead.stop if plan.ahead.start == demand.stop else demand.stop
+            self._flights.begin(obj, Extent(demand.start, stop), Priority.DEMAND)
             return
         for gap in self._store.missing(obj.key, obj.version, demand):
             joined = Extent(gap.start, self._joined_stop(obj, gap, plan))

@@ -105,6 +105,8 @@ class Sizing:
                 lease_age_s=self._leases.age_s(lease) if lease is not None else None,
             )
             if isinstance(decision, GiveUp):
+                if lease is not None and decision.error_class is errors.AccessRefusedError:
+                    self._leases.note_denied(file, lease)
                 kind = (
                     decision.error_class
                     if issubclass(decision.error_class, errors.ReadError)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -38,10 +38,12 @@ def errno_of(error: errors.ValohaiFuseError, *, naming: bool = False) -> int:
     return next((number for kind, number in ERRNO_BY_ERROR.items() if isinstance(error, kind)), errno.EIO)
 
 
-def guarded(*, naming: bool = False) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+def guarded(
+    *, naming: bool = False
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
     """Decorates a FUSE handler: whatever it raises leaves as FUSEError."""
 
-    def decorate(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    def decorate(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         @functools.wraps(handler)
         async def guard(*args: P.args, **kwargs: P.kwargs) -> R:
             try:

@@ -64,7 +64,7 @@ class _LocalHandle:
     size: int
 
 
-class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base class is untyped
+class Operations(pyfuse3.Operations):
     """The handlers of one mount. `open_local(path)` opens a file that lies on the disk below the mount point;
     `attributes_of(inode)` gives the user.valohai.* attributes, or is None when they are switched off."""
 
@@ -108,7 +108,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         return self._entry(inode, EntryAttributes())
 
     @guarded(naming=True)
-    async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:  # noqa: ARG002
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:  # noqa: ARG002
         """Attributes of an inode."""
         own = Inode(inode)
         if not self._tree.is_dir(own) and self._tree.size(own) is None:
@@ -119,11 +119,11 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         tree = self._tree
         entry.st_ino = InodeT(inode)
         if tree.is_dir(inode):
-            entry.st_mode = stat.S_IFDIR | 0o555  # type: ignore[assignment]  # ModeT is a NewType of int
+            entry.st_mode = stat.S_IFDIR | 0o555
             entry.st_nlink = tree.nlink(inode)
             size: int | None = 4096
         else:
-            entry.st_mode = stat.S_IFREG | 0o444  # type: ignore[assignment]  # the same
+            entry.st_mode = stat.S_IFREG | 0o444
             entry.st_nlink = 1
             size = tree.size(inode)
         entry.st_size = size or 0
@@ -230,7 +230,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
     # --- extended attributes ---
 
     @guarded()
-    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:  # type: ignore[override]  # noqa: ARG002
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:  # noqa: ARG002
         """What Valohai knows of a file. ENOSYS when switched off: the kernel then never asks again (`ls -l` asks twice a file)."""
         if self._attributes_of is None:
             raise pyfuse3.FUSEError(errno.ENOSYS)
@@ -240,7 +240,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3's base cl
         return value
 
     @guarded()
-    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[bytes]:  # type: ignore[override]  # noqa: ARG002
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[bytes]:  # noqa: ARG002
         """The names of those attributes."""
         if self._attributes_of is None:
             raise pyfuse3.FUSEError(errno.ENOSYS)

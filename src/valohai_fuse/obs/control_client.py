@@ -30,7 +30,7 @@ class NoAnswerError(errors.ValohaiFuseError):
         self.refused = refused
 
 
-def ask(path: str, op: str, timeout_s: float = 5.0, **fields: Any) -> dict[str, Any]:
+def ask(path: str, op: str, /, timeout_s: float = 5.0, **fields: Any) -> dict[str, Any]:
     """The daemon's answer to `op`, without its `ok`.
 
     Raises NoAnswerError, or the error the daemon answered with (as its class of `errors`, else ValohaiFuseError).

@@ -133,8 +133,8 @@ class RuntimeDir:
 
 
 def mount_id(mountpoint: str) -> str:
-    """A file name for a mount point: its readable end, and a hash that tells it from all others."""
-    readable = re.sub(r"[^A-Za-z0-9.\-]+", "-", mountpoint).strip("-.")[-ID_READABLE_CHARACTERS:].lstrip("-.")
+    """A file name for a mount point: its last component, and a hash that tells it from all others."""
+    readable = re.sub(r"[^A-Za-z0-9.\-]+", "-", os.path.basename(mountpoint)).strip("-.")[:ID_READABLE_CHARACTERS]
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:8]
     return f"{readable or 'mount'}-{digest}"
 

@@ -1,0 +1,71 @@
+"""What the httpx sources share: a client that is safe to give secrets to, and failures without secrets.
+
+Decides three things. (1) TLS is verified against the system's authorities, plus a file of the user's. (2) httpx loses pool
+slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a CapacityLimiter.
+(3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the root logger says.
+Invariant: `describe` never quotes what was sent: h11's messages, for example, quote a header value that they refuse.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.cookiejar
+import logging
+import ssl
+from typing import Final
+
+import httpx
+
+from valohai_fuse.errors import ConfigurationError
+
+KEEPALIVE_S: Final = 20.0
+"""Less than the 60 s or so after which stores and balancers close an idle connection."""
+
+
+@functools.cache
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """System authorities plus those in `ca_file` (PEM); one per file, for it costs 20 ms.
+
+    Raises ConfigurationError when the file cannot be used.
+    """
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(f"{ca_file}: not a file of certificates (PEM): {error}") from error
+    return context
+
+
+def client(*, ca_file: str | None, connect_timeout_s: float, answer_timeout_s: float) -> httpx.AsyncClient:
+    """A client that follows no redirect, keeps connections, and takes proxies from the environment as curl does.
+
+    `answer_timeout_s` bounds the wait for the next byte, not the whole answer. Raises ConfigurationError (`ca_file`).
+    """
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return httpx.AsyncClient(
+        verify=tls_context(ca_file),
+        timeout=httpx.Timeout(answer_timeout_s, connect=connect_timeout_s, pool=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=KEEPALIVE_S),
+        follow_redirects=False,
+        headers={"User-Agent": "valohai-fuse"},
+        cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),  # none are kept
+    )
+
+
+def describe(error: httpx.HTTPError | httpx.InvalidURL | ssl.SSLError) -> str:
+    """The failure in words, without anything that was sent."""
+    if isinstance(error, httpx.ConnectError):
+        cause = str(error.__cause__ or error).strip() or "refused"
+        return f"cannot connect: {cause[:200]}"
+    words: tuple[tuple[type[Exception], str], ...] = (
+        (httpx.ConnectTimeout, "connecting took too long"),
+        (httpx.TimeoutException, "the answer took too long"),
+        (httpx.RemoteProtocolError, "the connection ended in the middle of the answer"),
+        (httpx.LocalProtocolError, "the request holds characters that HTTP does not permit"),
+        (httpx.NetworkError, "the connection broke"),
+        (httpx.ProxyError, "the proxy refused"),
+        (httpx.DecodingError, "the answer's compression is broken"),
+    )
+    return next((text for kind, text in words if isinstance(error, kind)), type(error).__name__)
