@@ -94,7 +94,7 @@ def test_it_can_be_20_ms_away(directory: Path) -> None:
     """The delay comes before each response; a new connection pays its own on top."""
     with Nginx(directory, first_byte_delay_ms=50, connect_delay_ms=100) as nginx:
         started_s = time.monotonic()
-        assert ranged_get(nginx.url_for(f"data/{NAME}", 60), 0, 1, Connection="close").status == 206
+        assert ranged_get(nginx.url_for(f"data/{NAME}", 60), 0, 1, {"Connection": "close"}).status == 206
         assert time.monotonic() - started_s >= 0.15
 
 

@@ -190,7 +190,7 @@ def test_redirects(sandbox: Sandbox) -> None:
     assert sandbox.elsewhere.origin != sandbox.store.origin
     assert ranged_get(location, START, STOP).body == right_bytes(sandbox)
     sandbox.assert_token_never_leaked()
-    ranged_get(location, 0, 1, Authorization=f"Execution-Token {sandbox.token}")
+    ranged_get(location, 0, 1, {"Authorization": f"Execution-Token {sandbox.token}"})
     with pytest.raises(AssertionError, match="carried a secret"):
         sandbox.assert_token_never_leaked()
 
@@ -337,7 +337,7 @@ def test_a_rule_means_a_path_a_byte_or_whatever_it_is_told(sandbox: Sandbox) -> 
     ]
     sandbox.store.faults.clear()
     sandbox.store.faults.add(faults.status(500), when=lambda request: "if-match" in request.headers, count=None)
-    assert (ranged_get(big, 0, 1).status, ranged_get(big, 0, 1, **{"If-Match": "*"}).status) == (206, 500)
+    assert (ranged_get(big, 0, 1).status, ranged_get(big, 0, 1, {"If-Match": "*"}).status) == (206, 500)
 
 
 def test_of_two_rules_the_first_is_used_alone(sandbox: Sandbox) -> None:

@@ -124,11 +124,11 @@ def test_without_a_range_the_whole_object_comes_with_200(sandbox: Sandbox) -> No
 def test_if_match_with_another_etag_is_412(sandbox: Sandbox) -> None:
     """As S3 answers when the object has changed."""
     url = sandbox.mint("data", "big.bin")
-    assert ranged_get(url, 0, 1, **{"If-Match": '"other"'}).status == 412
+    assert ranged_get(url, 0, 1, {"If-Match": '"other"'}).status == 412
     tag = ranged_get(url, 0, 1).headers["etag"]
-    assert ranged_get(url, 0, 1, **{"If-Match": tag}).status == 206
+    assert ranged_get(url, 0, 1, {"If-Match": tag}).status == 206
     sandbox.replace_object("data", "big.bin", Ramp(BIG_BYTES, 1))
-    assert ranged_get(url, 0, 1, **{"If-Match": tag}).status == 412
+    assert ranged_get(url, 0, 1, {"If-Match": tag}).status == 412
 
 
 def test_a_get_signature_covers_nothing_but_get(sandbox: Sandbox) -> None:
@@ -324,7 +324,7 @@ def test_the_record_says_what_was_asked_and_sent_and_holds_no_secret(sandbox: Sa
     """Path, range, bytes and connection; never the query."""
     url = sandbox.mint("data", "big.bin")
     ranged_get(url, 10, 20)
-    ranged_get(url, 0, 1, Authorization="Execution-Token wrong")
+    ranged_get(url, 0, 1, {"Authorization": "Execution-Token wrong"})
     first, second = sandbox.store.requests_for("data/big*")
     assert (first.path, first.range, first.status, first.sent_bytes) == ("data/big.bin", "bytes=10-19", 206, 10)
     assert not first.carried_secret

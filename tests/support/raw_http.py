@@ -64,9 +64,11 @@ def raw_request(
     return _parsed(bytes(received), ended)
 
 
-def ranged_get(url: str, start: int, stop: int, *, silence_s: float = 10.0, **more: str) -> RawAnswer:
-    """GET of the bytes [start, stop), with `more` headers."""
-    return raw_request(url, {"Range": f"bytes={start}-{stop - 1}", **more}, silence_s=silence_s)
+def ranged_get(
+    url: str, start: int, stop: int, headers: HeaderMap | None = None, *, silence_s: float = 10.0
+) -> RawAnswer:
+    """GET of the bytes [start, stop)."""
+    return raw_request(url, {"Range": f"bytes={start}-{stop - 1}", **(headers or {})}, silence_s=silence_s)
 
 
 def _complete(received: bytes | bytearray, method: str) -> bool:
