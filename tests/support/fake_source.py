@@ -20,7 +20,7 @@ def file_ref(name: str = "a.bin", *, index: int = 0, input_id: str | None = "i-1
     return FileRef("data", input_id, name, f"datum://{name}", name, url, index)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FakeRenewal:
     """The answer of one `renew`: an https URL for every file that is not left out."""
 

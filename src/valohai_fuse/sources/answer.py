@@ -5,8 +5,9 @@ two hashes and an offset for each file, and the one entry is decoded when asked 
 with one regular expression per entry, because a decoder that takes the whole body in one call would hold the interpreter
 (and so every read of the mount) for half a second.
 
-Invariants: an entry is given only if its own decoded text matches the file asked for, so a hash
-collision costs a URL and never gives a wrong one. Names are keys here and nothing else: `..` in one matches no file. Immutable once indexed. Must not know HTTP or clocks.
+Invariants: an entry is given only if its own decoded text matches the file asked for, so a hash collision costs a URL and
+never gives a wrong one. Names are keys here and nothing else: `..` in one matches no file.
+Immutable once indexed. Must not know HTTP or clocks.
 """
 
 from __future__ import annotations

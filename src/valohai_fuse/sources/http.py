@@ -1,8 +1,9 @@
 """What the httpx sources share: a client that is safe to give secrets to, and failures without secrets.
 
 Decides three things. (1) TLS is verified against the system's authorities, plus a file of the user's. (2) httpx loses pool
-slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a CapacityLimiter.
-(3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the root logger says.
+slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a
+CapacityLimiter. (3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the
+root logger says.
 Invariant: `describe` never quotes what was sent: h11's messages, for example, quote a header value that they refuse.
 """
 

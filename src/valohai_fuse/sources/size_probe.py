@@ -1,8 +1,9 @@
 """How large an object is, by one GET of its first byte.
 
 Never HEAD: the signature of a signed URL covers GET only. Decides what each answer says of the size, in the same kinds of
-failure as fetching. Invariants: http and https only, also after redirects; a signed URL goes out byte for byte as it came; the lease's
-headers go to the host that they were given for and to no other; at most 4 KiB of any body is read. Decides no retry.
+failure as fetching. Invariants: http and https only, also after redirects; a signed URL goes out byte for byte as it
+came; the lease's headers go to the host that they were given for and to no other; at most 4 KiB of any body is read.
+Decides no retry.
 """
 
 from __future__ import annotations
