@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import trio
 
@@ -39,7 +40,7 @@ class FakeRenewal:
         query = f"renewal={self.number}"
         if self.lifetime_s is not None:
             query += f"&Expires={int(self.minted_at_s + self.lifetime_s)}"
-        return f"https://store.test/{file.input_name}/{file.name}?{query}"
+        return f"https://store.test/{file.input_name}/{quote(file.name)}?{query}"
 
 
 @dataclass
