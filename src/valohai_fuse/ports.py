@@ -15,6 +15,32 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from valohai_fuse.model.extents import Extent
+from valohai_fuse.model.failure import FailureKind, FetchFailed
+from valohai_fuse.model.file_ref import FileRef
+
+__all__ = [
+    "ABSENT",
+    "COLD",
+    "FOREIGN",
+    "BlockStore",
+    "Clock",
+    "FailureKind",
+    "FetchFailed",
+    "FetchOrder",
+    "Fetched",
+    "Fetcher",
+    "FileRef",
+    "Landed",
+    "Lease",
+    "Metrics",
+    "NotHere",
+    "ObjectKey",
+    "Priority",
+    "Renewal",
+    "SizeProbe",
+    "UrlSource",
+    "Version",
+]
 
 Clock = Callable[[], float]
 """Seconds since the epoch by the wall clock; injected, so that tests can jump."""
@@ -38,20 +64,6 @@ class ObjectKey:
 
 Version = str
 """An ETag exactly as the store sent it; "" when the store sends none."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRef:
-    """One file of one input, as the manifest names it: enough to ask any source for a URL."""
-
-    input_name: str
-    input_id: str | None
-    name: str
-    uri: str | None
-    datum_id: str | None
-    storage_uri: str | None = field(repr=False)
-    index: int
-    """Position in the input's list of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,10 @@ class UrlSource(Protocol):
 class Renewal(Protocol):
     """One answer of a UrlSource; kept by the leases until the next one replaces it."""
 
-    minted_at_s: float
+    @property
+    def minted_at_s(self) -> float:
+        """When the answer came, by the wall clock."""
+        ...
 
     def url_for(self, file: FileRef) -> str | None:
         """The signed URL of `file` in this answer; None when the answer does not hold it."""
@@ -99,41 +114,6 @@ class SizeProbe(Protocol):
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------
-
-
-class FailureKind(enum.StrEnum):
-    """Why an order failed; the engine decides from this alone whether to retry, renew or give up."""
-
-    REFUSED = "refused"  # 400, 401, 403: renew the URL, once
-    MISSING = "missing"  # 404, 410
-    CHANGED = "changed"  # other ETag or total than expected, 412, 416 on a range inside the size
-    THROTTLED = "throttled"  # 429, 503: back off, honour retry_after_s
-    TRANSIENT = "transient"  # connect, DNS, TLS, reset, stall, truncated body, 5xx
-    PROTOCOL = "protocol"  # wrong Content-Range, encoded body, redirect loop, an answer that makes no sense: retried, boundedly
-    FORBIDDEN = "forbidden"  # the URL or a redirect has a scheme that must not be followed: final
-    DISK = "disk"  # the bytes came but could not be landed: the store is told, the order is repeated elsewhere
-    WORKER_LOST = "worker-lost"  # the worker process died: reissue
-
-
-class FetchFailed(Exception):  # noqa: N818 - a message between rooms, mapped to errors.py by the engine, not shown to people
-    """An order or a probe ended without all its bytes. `detail` is already redacted."""
-
-    def __init__(
-        self,
-        kind: FailureKind,
-        detail: str,
-        *,
-        status: int | None = None,
-        retry_after_s: float | None = None,
-        server_date_s: float | None = None,
-    ) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
-        self.detail = detail
-        self.status = status
-        self.retry_after_s = retry_after_s
-        self.server_date_s = server_date_s
-        """The response's Date header as epoch seconds: shows clock skew."""
 
 
 class Priority(enum.IntEnum):

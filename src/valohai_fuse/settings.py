@@ -364,3 +364,22 @@ def color_wanted() -> bool:
 def as_dict(settings: Settings) -> dict[str, Any]:
     """For the pipe to a daemon; `Settings(**as_dict(s)) == s`."""
     return {f.name: getattr(settings, f.name) for f in fields(settings)}
+
+
+def notify_socket() -> str | None:
+    """Where systemd wants to hear from a `Type=notify` service."""
+    return os.environ.get("NOTIFY_SOCKET") or None
+
+
+def command_environment(**changed: str) -> dict[str, str]:
+    """The whole environment, for the user's own command of `run`, with `changed` on top."""
+    return {**os.environ, **changed}
+
+
+def search_path_for_children() -> dict[str, str]:
+    """PYTHONPATH such that a child that changes its directory and ignores its own finds this very package again."""
+    parts = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.basename(home) not in {"site-packages", "dist-packages"} and home not in parts:
+        parts.insert(0, home)
+    return {"PYTHONPATH": os.pathsep.join(parts)} if parts else {}

@@ -1,0 +1,95 @@
+"""`valohai-fuse info`: what Valohai knows of files and directories below a mount, answered by the daemon that serves it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from valohai_fuse.cli import output
+from valohai_fuse.cli.options import verb
+from valohai_fuse.errors import UsageError
+from valohai_fuse.mount import table
+from valohai_fuse.obs.control_client import NoAnswerError, ask
+from valohai_fuse.obs.redaction import redact
+from valohai_fuse.obs.runtime_dir import MountRecord, RuntimeDir
+from valohai_fuse.settings import Settings
+
+_ANSWER_S = 60.0
+_LABELS = (
+    ("input", "input"),
+    ("name", "name"),
+    ("uri", "uri"),
+    ("datum_id", "datum"),
+    ("input_id", "input id"),
+    ("download_intent", "download"),
+)
+
+
+@verb(
+    "info",
+    example="valohai-fuse info /valohai/inputs/train/images/0001.png",
+    help="Show what Valohai knows of each PATH below a mount (uri, datum id, metadata), its size, and how much of it is cached; "
+    "of a directory the sums.",
+)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--json", "for_programs", is_flag=True, help="For programs: a list with one object per PATH.")
+def info(settings: Settings, paths: tuple[str, ...], for_programs: bool) -> int:
+    """Shows; raises for a path that is not below a mount or not there."""
+    records = RuntimeDir(settings.runtime_dir).records()
+    answers = [_ask(records, path) for path in paths]
+    if for_programs:
+        output.data_json(answers)
+        return 0
+    for position, answer in enumerate(answers):
+        if position:
+            output.data("")
+        _show(answer)
+    return 0
+
+
+def _ask(records: list[MountRecord], path: str) -> dict[str, Any]:
+    absolute = os.path.abspath(path)
+    # The path is asked as it is written first: resolving it would touch the mount for each of its components.
+    found = _record_of(records, absolute) or _record_of(records, os.path.realpath(absolute))
+    if found is None:
+        entry = table.containing(os.path.realpath(absolute))
+        where = f"on {entry.file_system_type}" if entry is not None else "nowhere"
+        raise UsageError(
+            f"{path} is not below a mount of valohai-fuse but {where}", hint="valohai-fuse status shows the mounts"
+        )
+    record, inside = found
+    try:
+        answer = ask(record.control_path, "info", timeout_s=_ANSWER_S, path=inside)
+    except NoAnswerError as error:
+        raise UsageError(f"{path}: {error.message}", hint="valohai-fuse status says how the mount is doing") from None
+    return {**answer, "path": absolute}
+
+
+def _record_of(records: list[MountRecord], absolute: str) -> tuple[MountRecord, str] | None:
+    """The innermost mount that holds the path, and the path inside it."""
+    for record in sorted(records, key=lambda r: -len(r.mountpoint)):
+        if absolute == record.mountpoint or absolute.startswith(record.mountpoint + "/"):
+            return record, absolute[len(record.mountpoint) :].strip("/")
+    return None
+
+
+def _show(answer: dict[str, Any]) -> None:
+    size, cached = answer.get("size"), answer.get("cached_bytes")
+    output.data(redact(str(answer["path"])))
+    if answer.get("type") == "directory":
+        unknown = answer.get("files_of_unknown_size")
+        output.data(f"  files     {answer.get('files', 0):,}" + (f" ({unknown:,} of unknown size)" if unknown else ""))
+    for key, label in _LABELS:
+        if answer.get(key):
+            output.data(f"  {label:<9} {redact(str(answer[key]))}")
+    output.data(f"  size      {output.bytes_shown(size)}" + (f" ({size:,} bytes)" if size else ""))
+    if cached is not None:
+        share = f" ({cached / size:.0%})" if size else ""
+        output.data(
+            f"  cached    {output.bytes_shown(cached)}{share}" + (", on the disk" if answer.get("on_disk") else "")
+        )
+    for entry in answer.get("metadata") or []:
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            output.data(f"  metadata  {redact(f'{key}: {value}')}")

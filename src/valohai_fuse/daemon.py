@@ -1,0 +1,282 @@
+"""The composition root: one process that serves one mount. `python -m valohai_fuse.daemon SPEC_FD REPORT_FD` (`handshake`).
+
+Start: spec -> manifest -> tree -> store -> nursery(engine) -> FUSE session -> one answered `stat` -> control socket -> report.
+End (SIGTERM, SIGINT, an `unmount` over the control socket, or somebody's umount): unmount while reads go on being answered,
+then cancel what is left, then close. Everything that was built is closed in reverse, whatever happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import trio
+
+from valohai_fuse import errors
+from valohai_fuse.engine.flights import Flights
+from valohai_fuse.engine.leases import Leases
+from valohai_fuse.engine.reader import Reader
+from valohai_fuse.engine.siblings import SiblingAhead
+from valohai_fuse.engine.sizing import Sizing
+from valohai_fuse.fetch.pool import WorkerPool, open_pool
+from valohai_fuse.handshake import MountSpec, Report, failed
+from valohai_fuse.inspection import Catalogue, Inspection
+from valohai_fuse.model.tree import build
+from valohai_fuse.mount import kernel
+from valohai_fuse.mount.operations import Operations, Ownership
+from valohai_fuse.mount.session import Session
+from valohai_fuse.obs import control, logs
+from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.settings import Settings
+from valohai_fuse.sources import api_file, manifest_file
+from valohai_fuse.sources.local_files import LocalFiles
+from valohai_fuse.sources.size_probe import HttpSizeProbe
+from valohai_fuse.sources.valohai_api import ValohaiApi
+from valohai_fuse.store.segments import SegmentStore
+
+log = logging.getLogger(__name__)
+
+WARNINGS_REPORTED_MAX = 20
+
+
+class Daemon:
+    """One mount, built from its spec."""
+
+    def __init__(self, spec: MountSpec) -> None:
+        self.spec = spec
+        self.settings = Settings(**spec.settings)
+        self.metrics = Counts()
+        self._ending = trio.Event()
+        self._lazily = False
+
+    async def run(self, report: ReportPipe) -> None:
+        """Mounts, reports, serves until it is told to end or the mount is gone."""
+        settings, spec = self.settings, self.spec
+        manifest = manifest_file.load(settings.config_dir, spec.inputs)
+        async with AsyncExitStack() as stack:
+            stack.callback(manifest.close)
+            base = settings.inputs_dir if spec.as_root else spec.mountpoint
+            local = _local_files(base, spec)
+            if local is not None:
+                stack.callback(local.close)
+            self.tree = build(
+                manifest,
+                as_root=spec.as_root,
+                local=local.files if local is not None else {},
+                inputs_dir=settings.inputs_dir,
+            )
+            for warning in self.tree.warnings:
+                log.warning("%s", warning)
+            gc.collect()
+            gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
+            catalogue = Catalogue(manifest, self.tree)
+            store = SegmentStore(settings.cache_dir)
+            stack.callback(store.close)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(nursery.cancel_scope.cancel)
+            pool = await stack.enter_async_context(open_pool(self._pool()))
+            api = self._api()
+            if api is not None:
+                stack.push_async_callback(api.aclose)
+            leases = Leases(
+                api,
+                nursery=nursery,
+                clock=time.time,
+                margin_s=settings.renew_margin,
+                api_path=api_file.path_in(settings.config_dir),
+            )
+            probe = await stack.enter_async_context(
+                HttpSizeProbe(clock=time.time, ca_file=settings.ca_file, connect_timeout_s=settings.connect_timeout)
+            )
+            sizing = Sizing(
+                nursery=nursery,
+                tree=self.tree,
+                probe=probe,
+                leases=leases,
+                metrics=self.metrics,
+                describe=catalogue.file,
+                timeout_s=settings.read_timeout,
+            )
+            flights = Flights(nursery=nursery, fetcher=pool, store=store, leases=leases, metrics=self.metrics)
+            reader = Reader(
+                store=store,
+                flights=flights,
+                metrics=self.metrics,
+                describe=catalogue.object,
+                read_timeout_s=settings.read_timeout,
+                window_bytes_max=settings.readahead,
+                window_bytes_total=settings.readahead_total,
+            )
+            self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
+            self.operations = Operations(
+                tree=self.tree,
+                reader=reader,
+                sizing=sizing,
+                siblings=SiblingAhead(self.tree, reader.fetch_ahead),
+                owner=Ownership(settings.uid, settings.gid),
+                open_local=local.open if local is not None else _no_local_file,
+                attributes_of=self.inspection.attributes if settings.xattrs else None,
+            )
+            await self._serve(nursery, report)
+
+    def _pool(self) -> WorkerPool:
+        settings = self.settings
+        return WorkerPool(
+            metrics=self.metrics,
+            workers=settings.workers,
+            connections=settings.connections,
+            connect_timeout_s=settings.connect_timeout,
+            stall_timeout_s=settings.stall_timeout,
+            ca_file=settings.ca_file,
+        )
+
+    def _api(self) -> ValohaiApi | None:
+        """None without an api.json, which is fine until a renewal is needed."""
+        settings = self.settings
+        request = api_file.load(settings.config_dir)
+        if request is None:
+            return None
+        return ValohaiApi(
+            request,
+            clock=time.time,
+            parameter=settings.api_input_parameter,
+            ca_file=settings.ca_file,
+            connect_timeout_s=settings.connect_timeout,
+        )
+
+    async def _serve(self, nursery: trio.Nursery, report: ReportPipe) -> None:
+        settings, spec = self.settings, self.spec
+        session = Session(self.operations, spec.mountpoint)
+        source = "valohai" if spec.as_root else f"valohai:{spec.inputs[0]}"
+        session.mount(source=source, allow_other=settings.allow_other)
+        try:
+            nursery.start_soon(session.serve)
+            await session.wait_answering(settings.mount_timeout)
+            if not kernel.tune(spec.mountpoint, readahead_bytes=settings.kernel_readahead):
+                log.info("the kernel's readahead could not be raised: large sequential reads cost more CPU")
+            if spec.control_path:
+                handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
+                await nursery.start(control.serve, spec.control_path, handlers)
+            await nursery.start(self._watch_signals)
+            files, size, _ = self.tree.totals()
+            log.info("mounted at %s: %d files, %d bytes", spec.mountpoint, files, size)
+            report.send(
+                Report(
+                    pid=os.getpid(),
+                    files=files,
+                    bytes=size,
+                    warnings=self.tree.warnings[:WARNINGS_REPORTED_MAX],
+                )
+            )
+            await self._wait_ending(session)
+        finally:
+            with trio.CancelScope(shield=True):
+                self._lazily = await session.unmount(grace_s=settings.grace_period)
+                session.terminate()
+                await session.ended.wait()
+                session.close()
+            log.info("unmounted %s", spec.mountpoint)
+        nursery.cancel_scope.cancel()
+
+    async def _wait_ending(self, session: Session) -> None:
+        """Until we are told to end, or the mount is gone."""
+        async with trio.open_nursery() as nursery:
+
+            async def told() -> None:
+                await self._ending.wait()
+                nursery.cancel_scope.cancel()
+
+            async def gone() -> None:
+                await session.ended.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(told)
+            nursery.start_soon(gone)
+
+    async def _watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                self._ending.set()
+
+    async def _on_unmount(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - a handler's shape
+        self._ending.set()
+        return {"pid": os.getpid()}
+
+
+def _local_files(base: str, spec: MountSpec) -> LocalFiles | None:
+    try:
+        return LocalFiles(base, only=spec.inputs if spec.as_root else None)
+    except OSError as error:
+        if spec.as_root:
+            return None  # exploring with --root on a machine without an inputs directory
+        raise errors.MountFailedError(f"{base}: {error.strerror}") from error
+
+
+def _no_local_file(path: str) -> int:
+    raise FileNotFoundError(path)
+
+
+class ReportPipe:
+    """Says how the start went, once."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def send(self, report: Report) -> None:
+        """Writes the line and closes the pipe; a second report is nobody's business any more."""
+        if self._descriptor is None:
+            return
+        line = msgspec.json.encode(report) + b"\n"
+        try:
+            os.write(self._descriptor, line)
+        except BrokenPipeError:
+            log.warning("whoever started this mount is gone")
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _read_spec(descriptor: int) -> MountSpec:
+    with os.fdopen(descriptor, "rb") as pipe:
+        return msgspec.json.decode(pipe.read(), type=MountSpec)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The cause worth reporting: trio wraps what its tasks raise in groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next((e for e in error.exceptions if isinstance(e, errors.ValohaiFuseError)), error.exceptions[0])
+    return error
+
+
+def main() -> int:
+    """Runs the daemon; 0 after an unmount, 1 after anything else (the report or the log says what)."""
+    spec = _read_spec(int(sys.argv[1]))
+    report = ReportPipe(int(sys.argv[2]))
+    settings = Settings(**spec.settings)
+    subject = ",".join(spec.inputs) if not spec.as_root else "root"
+    logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
+    daemon = Daemon(spec)
+    try:
+        trio.run(daemon.run, report)
+    except BaseException as error:  # the last edge: whatever ended the daemon is reported and logged
+        cause = _first(error)
+        if isinstance(cause, errors.ValohaiFuseError):
+            log.error("%s", cause)  # noqa: TRY400 - an error of ours explains itself, a traceback would hide it
+        else:
+            log.critical("the daemon ended", exc_info=error)
+        report.send(failed(cause))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Flights: at most one fetch of a block at a time, however many readers want it; each ends once; a failure leaves nothing.
+
+A flight is one run of missing blocks within one segment, from one order of the fetcher to the last byte, over as many
+attempts as the retry policy grants. Readers do not wait for the flight but for a *byte of it*: they are woken one by one as
+`landed` passes what they need.
+
+Concurrency rules:
+- `RemoteObject.flights`, `Flight.landed`, `.error` and `.waiters` change only on the trio thread and only in functions that
+  do not await. A flight is in its object's list exactly as long as its task runs.
+- Nothing is assumed across an await: `_run` reads version, path and lease afresh for each attempt.
+- A flight lives as long as somebody waits for it. A flight that nobody waits for (readahead) is not retried after a pause:
+  the reader that comes later begins a new one and has the deadline that this one lacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import trio
+
+from valohai_fuse import errors
+from valohai_fuse.engine.leases import Leases
+from valohai_fuse.engine.objects import RemoteObject
+from valohai_fuse.model.extents import Extent, split_by_segment
+from valohai_fuse.model.retry import GiveUp, Renew, RetryAfter, RetryState
+from valohai_fuse.ports import (
+    BlockStore,
+    FailureKind,
+    Fetched,
+    Fetcher,
+    FetchFailed,
+    FetchOrder,
+    Landed,
+    Lease,
+    Metrics,
+    Priority,
+)
+
+log = logging.getLogger(__name__)
+
+FINISH_BYTES_MAX = 1024 * 1024
+"""A flight that nobody needs any more is left to end when no more than this is to come: a cancelled transfer costs its
+connection, and a new connection costs round trips."""
+
+
+class Flight:
+    """One run of blocks on its way. `landed` is how far it is: everything in [extent.start, landed) can be read."""
+
+    __slots__ = ("deadline", "error", "extent", "landed", "object", "over", "priority", "scope", "waiters")
+
+    def __init__(self, obj: RemoteObject, extent: Extent, priority: Priority) -> None:
+        self.object = obj
+        self.extent = extent
+        self.priority = priority
+        self.landed = extent.start
+        self.over = False
+        self.error: errors.ReadError | None = None
+        self.waiters: list[tuple[int, trio.Event]] = []
+        self.deadline = 0.0
+        """Trio time until which somebody waits; in the past when nobody does."""
+        self.scope = trio.CancelScope()
+
+    @property
+    def coming(self) -> Extent:
+        """What has not landed yet."""
+        return Extent(self.landed, self.extent.stop)
+
+    async def wait_landed(self, upto: int, deadline: float) -> None:
+        """Until everything of the flight below `upto` has landed. Raises the flight's ReadError when it ended before.
+
+        The caller bounds the wait itself (`deadline`, trio time, tells the flight how long it is worth retrying).
+        """
+        if self.landed >= upto or self.over:
+            self._check(upto)
+            return
+        self.want(deadline)
+        entry = (upto, trio.Event())
+        self.waiters.append(entry)
+        try:
+            await entry[1].wait()
+        finally:
+            if entry in self.waiters:
+                self.waiters.remove(entry)
+        self._check(upto)
+
+    def want(self, deadline: float) -> None:
+        """A reader needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
+        self.deadline = max(self.deadline, deadline)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a reader needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
+        return self.deadline > 0
+
+    def _check(self, upto: int) -> None:
+        if self.landed < upto and self.error is not None:
+            # A fresh instance for each reader: one exception object must not collect the tracebacks of many tasks.
+            raise type(self.error)(self.error.message, hint=self.error.hint)
+
+    def advance(self, landed: int) -> None:
+        """More has landed: wakes exactly those readers that have what they need."""
+        if landed <= self.landed:
+            return
+        self.landed = landed
+        if self.waiters:
+            due = [entry for entry in self.waiters if entry[0] <= landed]
+            if due:
+                self.waiters = [entry for entry in self.waiters if entry[0] > landed]
+                for _, event in due:
+                    event.set()
+
+    def end(self, error: errors.ReadError | None) -> None:
+        """The flight is over; everybody who still waits learns why."""
+        self.over = True
+        self.error = error
+        waiters, self.waiters = self.waiters, []
+        for _, event in waiters:
+            event.set()
+
+
+class Flights:
+    """Begins, retries and ends flights; tasks run in the nursery given."""
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        fetcher: Fetcher,
+        store: BlockStore,
+        leases: Leases,
+        metrics: Metrics,
+    ) -> None:
+        self._nursery = nursery
+        self._fetcher = fetcher
+        self._store = store
+        self._leases = leases
+        self._metrics = metrics
+        self.active = 0
+        self.active_bytes = 0
+        self.idle: Callable[[RemoteObject], None] | None = None
+        """Told of each object whose last flight has ended."""
+
+    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority) -> None:
+        """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store."""
+        for gap in self._gaps(obj, wanted):
+            for part in split_by_segment(gap):
+                flight = Flight(obj, part, priority)
+                obj.flights.append(flight)
+                self.active += 1
+                self.active_bytes += len(part)
+                self._nursery.start_soon(self._run, flight)
+
+    def covering(self, obj: RemoteObject, extent: Extent) -> list[Flight]:
+        """The flights that still bring at least one byte of `extent`. What has landed is the store's: should it be gone
+        again, it is fetched anew, also while the flight that brought it goes on."""
+        return [flight for flight in obj.flights if flight.coming.overlaps(extent)]
+
+    def abandon(self, obj: RemoteObject) -> None:
+        """Nobody has the object open: flights that nobody waits for and that are far from their end are cancelled."""
+        for flight in obj.flights:
+            if not flight.waiters and flight.extent.stop - flight.landed > FINISH_BYTES_MAX:
+                flight.scope.cancel()
+
+    def _gaps(self, obj: RemoteObject, wanted: Extent) -> Iterator[Extent]:
+        start = wanted.start
+        for coming in sorted(flight.coming for flight in self.covering(obj, wanted)):
+            if coming.start > start:
+                yield Extent(start, coming.start)
+            start = max(start, coming.stop)
+        if start < wanted.stop:
+            yield Extent(start, wanted.stop)
+
+    # --- one flight ---
+
+    async def _run(self, flight: Flight) -> None:
+        error: errors.ReadError | None = None  # cancelled: a reader that came in the same moment begins anew
+        try:
+            with flight.scope:
+                error = await self._attempts(flight)
+        except Exception as bug:  # this edge absorbs bugs: one failed flight, not a dead mount
+            log.exception("a fetch of %s failed for an unforeseen reason", flight.object.label)
+            error = errors.ReadError(f"{flight.object.label}: {type(bug).__name__}")
+        finally:
+            flight.object.flights.remove(flight)
+            self.active -= 1
+            self.active_bytes -= len(flight.extent)
+            flight.end(error)
+            if self.idle is not None and not flight.object.flights:
+                self.idle(flight.object)
+
+    async def _attempts(self, flight: Flight) -> errors.ReadError | None:
+        """Tries until the flight has landed (None) or the policy gives up (why)."""
+        retry = RetryState(random=random.random)
+        began = trio.current_time()
+        refused: Lease | None = None
+        while True:
+            lease: Lease | None = None
+            landed = flight.landed
+            failure: FetchFailed | errors.ValohaiFuseError
+            try:
+                lease = await self._leases.lease(flight.object.file, refused)
+                await self._attempt(flight, lease)
+            except (FetchFailed, errors.ReadError, errors.ConfigurationError) as error:
+                failure = error
+            else:
+                return None
+            elapsed = trio.current_time() - began
+            if flight.landed > landed:
+                retry.progressed(elapsed_s=elapsed)
+            if self._note(flight, failure):
+                continue
+            decision = retry.after(
+                failure,
+                elapsed_s=elapsed,
+                deadline_s=max(flight.deadline - began, elapsed),
+                lease_age_s=self._leases.age_s(lease) if lease is not None else None,
+            )
+            if isinstance(decision, GiveUp):
+                if lease is not None and decision.error_class is errors.AccessRefusedError:
+                    self._leases.note_denied(flight.object.file, lease)
+                return self._given_up(flight, failure, decision)
+            log.debug("%s: %s; %s", flight.object.label, failure, decision)
+            self._metrics.count("fetch_retries")
+            refused = lease if isinstance(decision, Renew) else None
+            if isinstance(decision, RetryAfter):
+                await trio.sleep(decision.delay_s)
+
+    def _note(self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError) -> bool:
+        """Tells whoever learns from a failure. True: it is mended, repeat at once."""
+        if not isinstance(failure, FetchFailed):
+            return False
+        if failure.server_date_s is not None:
+            self._leases.note_server_date(failure.server_date_s)
+        if failure.kind is FailureKind.DISK:
+            self._store.landing_failed(flight.object.key, flight.landed, failure.detail)
+        return failure.kind is FailureKind.CHANGED and flight.object.distrust_cache()
+
+    async def _attempt(self, flight: Flight, lease: Lease) -> None:
+        obj = flight.object
+        generation = obj.generation
+
+        def landed(message: Landed) -> None:
+            if obj.generation == generation:
+                if obj.version != message.version:
+                    obj.adopt(message.version)
+                flight.advance(min(message.upto, flight.extent.stop))
+
+        order = FetchOrder(
+            key=obj.key,
+            extent=Extent(flight.landed, flight.extent.stop),
+            lease=lease,
+            expect_version=obj.version,
+            segment_path=self._store.segment_path(obj.key, flight.extent.start),
+            priority=Priority.DEMAND if flight.wanted else flight.priority,
+        )
+        fetched: Fetched = await self._fetcher.fetch(order, landed)
+        if obj.generation != generation:
+            raise errors.ObjectChangedError(f"{obj.label}: the object has changed in its store")
+        obj.adopt(fetched.version)
+        flight.advance(flight.extent.stop)
+
+    def _given_up(
+        self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError, decision: GiveUp
+    ) -> errors.ReadError:
+        obj = flight.object
+        if isinstance(failure, FetchFailed):
+            if failure.kind is FailureKind.CHANGED:
+                return obj.changed(failure.detail)
+            if failure.kind is FailureKind.MISSING:
+                obj.missing = True
+        self._metrics.count("fetch_failures")
+        level = logging.WARNING if flight.wanted else logging.INFO
+        log.log(level, "gave up on %s: %s", obj.label, decision.message)
+        kind = decision.error_class if issubclass(decision.error_class, errors.ReadError) else errors.AccessRefusedError
+        return kind(f"{obj.label}: {decision.message}", hint=decision.hint)

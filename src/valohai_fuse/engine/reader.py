@@ -1,0 +1,257 @@
+"""Reads: exactly the bytes asked for (fewer only at the end of the file), or an error from `errors.py` within the deadline.
+
+A hit awaits nothing: plan, look into the store, return. A miss begins the flights it needs synchronously and then waits for
+its own bytes only. After they have landed the store is asked again, and only what it verified is returned; should a block
+have vanished meanwhile (evicted, damaged), it is fetched again, a bounded number of times.
+
+No invariant spans an await: generation, version and presence are looked at afresh after each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from valohai_fuse import errors
+from valohai_fuse.engine.flights import Flights
+from valohai_fuse.engine.objects import Handle, RemoteObject
+from valohai_fuse.model.extents import Extent, align
+from valohai_fuse.model.readahead import FIRST_READ_BYTES, Plan
+from valohai_fuse.model.tree import Inode
+from valohai_fuse.ports import ABSENT, COLD, BlockStore, FileRef, Metrics, NotHere, ObjectKey, Priority
+
+log = logging.getLogger(__name__)
+
+Bytes = bytes | bytearray | memoryview
+
+VANISHED_MAX = 5
+"""How often the bytes of one read may land and be gone again before the read fails: a cache that is smaller than what is
+read at once, or a disk that loses what it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderStatistics:
+    """A snapshot: what is open and under way now."""
+
+    open_files: int
+    handles: int
+    flights: int
+    flight_bytes: int
+    reads_waiting: int
+
+
+class Reader:
+    """Opens, reads and closes remote files by inode. All methods run on the trio thread."""
+
+    def __init__(
+        self,
+        *,
+        store: BlockStore,
+        flights: Flights,
+        metrics: Metrics,
+        describe: Callable[[Inode], tuple[ObjectKey, FileRef, str]],
+        read_timeout_s: float,
+        window_bytes_max: int,
+        window_bytes_total: int,
+    ) -> None:
+        self._store = store
+        self._flights = flights
+        self._metrics = metrics
+        self._describe = describe
+        self._read_timeout_s = read_timeout_s
+        self._window_bytes_max = window_bytes_max
+        self._window_bytes_total = window_bytes_total
+        self._objects: dict[Inode, RemoteObject] = {}
+        self._handles = 0
+        self._waiting = 0
+        flights.idle = self._forget
+
+    # --- handles ---
+
+    def open(self, inode: Inode) -> tuple[Handle, bool]:
+        """A handle on the file, and whether what the kernel has cached of it is still good.
+
+        Raises ObjectMissingError when the store is known to have lost it.
+        """
+        obj = self._object(inode)
+        if obj.missing and not obj.handles:
+            obj.missing = False  # it may be back: the next read finds out
+            raise errors.ObjectMissingError(f"{obj.label}: the store says that it does not exist")
+        obj.handles += 1
+        self._handles += 1
+        return Handle(obj, self._window_bytes_max), obj.generation == 0
+
+    def close(self, handle: Handle) -> None:
+        """The last close of a file forgets it, except that it changed or vanished, which later opens must know."""
+        obj = handle.object
+        obj.handles -= 1
+        self._handles -= 1
+        if obj.handles == 0:
+            self._flights.abandon(obj)
+            self._forget(obj)
+
+    def fetch_ahead(self, inode: Inode) -> bool:
+        """Begins fetching a file that nobody has opened yet: the whole of a small one, the beginning of a large one.
+
+        False: as much is in flight as readahead may take.
+        """
+        if self._flights.active_bytes >= self._window_bytes_max:
+            return False
+        obj = self._object(inode)
+        if obj.handles == 0 and not obj.flights and not obj.missing:
+            wanted = align(0, min(obj.key.size, FIRST_READ_BYTES), obj.key.size)
+            self._begin_ahead(obj, wanted)
+        self._forget(obj)
+        return True
+
+    def _object(self, inode: Inode) -> RemoteObject:
+        obj = self._objects.get(inode)
+        if obj is None:
+            key, file, label = self._describe(inode)
+            obj = self._objects[inode] = RemoteObject(inode, key, file, label)
+        return obj
+
+    def _forget(self, obj: RemoteObject) -> None:
+        if obj.forgettable and self._objects.get(obj.inode) is obj:
+            del self._objects[obj.inode]
+
+    # --- reading ---
+
+    async def read(self, handle: Handle, offset: int, size: int) -> Bytes:
+        """Bytes [offset, offset + size) of the file, clipped at its end. Raises ReadError."""
+        obj = handle.object
+        handle.check()
+        stop = min(offset + size, obj.key.size)
+        if offset >= stop:
+            return b""
+        extent = Extent(offset, stop)
+        plan = handle.planner.on_read(offset, stop)
+        self._metrics.count("reads")
+        found = self._look(obj, extent)
+        if isinstance(found, NotHere):
+            found = await self._fetch_and_read(handle, extent, plan, found)
+        else:
+            self._metrics.count("hit_bytes", len(extent))
+            self._look_ahead(obj, handle, plan)
+        obj.served = True
+        self._metrics.count("read_bytes", len(extent))
+        return found
+
+    def _look(self, obj: RemoteObject, extent: Extent) -> Bytes | NotHere:
+        if not self._version_known(obj, extent.start):
+            return ABSENT
+        assert obj.version is not None
+        return self._store.read_nowait(obj.key, obj.version, extent)
+
+    def _version_known(self, obj: RemoteObject, offset: int) -> bool:
+        """Whether the version is pinned; the cache may pin it, unless the store has contradicted the cache."""
+        if obj.version is None and not obj.cache_distrusted:
+            version = self._store.version(obj.key, offset)
+            if version is not None:
+                obj.adopt(version)
+        return obj.version is not None
+
+    async def _fetch_and_read(self, handle: Handle, extent: Extent, plan: Plan, found: NotHere) -> Bytes:
+        obj = handle.object
+        deadline = trio.current_time() + self._read_timeout_s
+        self._waiting += 1
+        try:
+            with trio.CancelScope(deadline=deadline) as scope:
+                for attempt in range(VANISHED_MAX):
+                    result = await self._await_bytes(handle, extent, plan, found, deadline, distrust=attempt > 0)
+                    if not isinstance(result, NotHere):
+                        return result
+                    found = result
+                    log.debug(
+                        "%s: bytes [%d, %d) vanished after landing, attempt %d", obj.label, *_range(extent), attempt + 1
+                    )
+            if scope.cancelled_caught:
+                raise errors.DeadlineExceededError(f"{obj.label}: no answer within {self._read_timeout_s:g} s")
+            raise errors.ReadError(
+                f"{obj.label}: the cache loses what it is given", hint="look at the cache's file system"
+            )
+        finally:
+            self._waiting -= 1
+
+    async def _await_bytes(
+        self, handle: Handle, extent: Extent, plan: Plan, found: NotHere, deadline: float, *, distrust: bool
+    ) -> Bytes | NotHere:
+        """One round: what is on the disk is read, what is missing is fetched; then the store is asked again.
+
+        `distrust`: fetch all of it, whatever the store's tables say (a damaged block on a disk that cannot be written).
+        """
+        obj = handle.object
+        if found is COLD:
+            assert obj.version is not None
+            result = await self._store.read(obj.key, obj.version, extent)
+            handle.check()
+            if not isinstance(result, NotHere):
+                self._metrics.count("hit_bytes", len(extent))
+                self._look_ahead(obj, handle, plan)
+                return result
+        self._begin_demand(obj, extent, plan, distrust=distrust)
+        self._look_ahead(obj, handle, plan)
+        flights = self._flights.covering(obj, extent)
+        for flight in flights:
+            flight.want(deadline)
+        for flight in flights:
+            await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
+            handle.check()
+        self._metrics.count("miss_bytes", len(extent))
+        again = self._look(obj, extent)
+        if again is COLD and obj.version is not None:
+            again = await self._store.read(obj.key, obj.version, extent)
+            handle.check()
+        return again
+
+    def _begin_demand(self, obj: RemoteObject, extent: Extent, plan: Plan, *, distrust: bool) -> None:
+        demand = align(extent.start, extent.stop, obj.key.size)
+        if obj.version is None or distrust:
+            stop = plan.ahead.stop if plan.ahead.start == demand.stop else demand.stop
+            self._flights.begin(obj, Extent(demand.start, stop), Priority.DEMAND)
+            return
+        for gap in self._store.missing(obj.key, obj.version, demand):
+            joined = Extent(gap.start, self._joined_stop(obj, gap, plan))
+            self._flights.begin(obj, joined, Priority.DEMAND)
+
+    def _joined_stop(self, obj: RemoteObject, gap: Extent, plan: Plan) -> int:
+        """Where a demand for `gap` may end so that what is planned right behind it comes with the same request."""
+        if gap.stop != plan.ahead.start or not plan.ahead or obj.version is None:
+            return gap.stop
+        behind = self._store.missing(obj.key, obj.version, plan.ahead)
+        return behind[0].stop if behind and behind[0].start == gap.stop else gap.stop
+
+    def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
+        if not plan.ahead:
+            return
+        handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
+        self._begin_ahead(obj, plan.ahead)
+
+    def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
+        if self._version_known(obj, wanted.start):
+            assert obj.version is not None
+            gaps = self._store.missing(obj.key, obj.version, wanted)
+        else:
+            gaps = [wanted]
+        for gap in gaps:
+            self._metrics.count("ahead_bytes", len(gap))
+            self._flights.begin(obj, gap, Priority.AHEAD)
+
+    # --- seeing inside ---
+
+    def statistics(self) -> ReaderStatistics:
+        """What is open and under way now."""
+        return ReaderStatistics(
+            len(self._objects), self._handles, self._flights.active, self._flights.active_bytes, self._waiting
+        )
+
+    def open_labels(self, limit: int) -> list[str]:
+        """Names of files that are open now, `limit` at the most."""
+        return [obj.label for obj in self._objects.values() if obj.handles][:limit]
+
+
+def _range(extent: Extent) -> tuple[int, int]:
+    return extent.start, extent.stop

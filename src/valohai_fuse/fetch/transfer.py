@@ -1,0 +1,341 @@
+"""One order on its way through a worker: what has arrived, what of it is landed, and how it ends.
+
+libcurl appends header lines and body chunks to two lists (`list.append` is the callback: no Python frame per 16 KiB); the
+loop calls `advance` after each socket event, and everything is decided there. The first whole block is landed at once,
+because a reader waits for it; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
+each landing costs two writes here and a wake-up in the daemon.
+
+Invariants: nothing is landed before `response.accept` said yes; bytes land in ascending order, each once, in whole blocks
+(the object's last one may be short); no byte outside the order's extent lands. Must not know: sockets, who waits.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import pycurl
+
+from valohai_fuse.fetch import location, response
+from valohai_fuse.fetch.response import Body, Head, Rejected
+from valohai_fuse.fetch.wire import Failed, Landed, Order, text
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
+from valohai_fuse.ports import FailureKind, ObjectKey
+
+LAND_BYTES: Final = 1024 * 1024
+LAND_INTERVAL_S: Final = 0.003
+ERROR_BODY_BYTES: Final = 4096
+"""How much of an error's body is looked at."""
+ERROR_BODY_BYTES_MAX: Final = 64 * 1024
+"""How much of it is read so that the connection can be kept."""
+
+
+class Landing(Protocol):
+    """`store.landing.SegmentWriter`, as far as it is needed here."""
+
+    def land(self, offset: int, data: memoryview) -> None:
+        """Whole blocks at `offset` of the object. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+OpenLanding = Callable[[str, ObjectKey, int, str], Landing]
+"""(path, key, segment index, version) -> where the blocks go. Raises OSError."""
+
+_OWN_HEADERS: Final = frozenset({b"range", b"accept-encoding"})
+"""Ours whatever the lease says."""
+
+_CURL_KINDS: Final = {
+    pycurl.E_UNSUPPORTED_PROTOCOL: FailureKind.PROTOCOL,  # our own schemes are checked: an answer in HTTP/0.9
+    pycurl.E_URL_MALFORMAT: FailureKind.FORBIDDEN,
+    pycurl.E_FTP_WEIRD_SERVER_REPLY: FailureKind.PROTOCOL,  # the same number as E_WEIRD_SERVER_REPLY
+    pycurl.E_BAD_CONTENT_ENCODING: FailureKind.PROTOCOL,
+    100: FailureKind.PROTOCOL,  # CURLE_TOO_LARGE, which pycurl does not name: headers without end
+}
+_CURL_TEXTS: Final = {
+    pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's name cannot be resolved",
+    pycurl.E_COULDNT_RESOLVE_HOST: "the host's name cannot be resolved",
+    pycurl.E_COULDNT_CONNECT: "cannot connect",
+    pycurl.E_OPERATION_TIMEDOUT: "no connection in time",
+    pycurl.E_PARTIAL_FILE: "the body ended early",
+    pycurl.E_GOT_NOTHING: "the connection was closed without an answer",
+    pycurl.E_RECV_ERROR: "the connection broke while receiving",
+    pycurl.E_SEND_ERROR: "the connection broke while sending",
+    pycurl.E_SSL_CONNECT_ERROR: "the TLS handshake failed",
+    pycurl.E_PEER_FAILED_VERIFICATION: "the store's certificate is not trusted",
+    pycurl.E_SSL_CACERT_BADFILE: "the file of certificate authorities cannot be read",
+}
+
+
+class Transfer:
+    """See the module's text. `curl` is lent by the worker, which also hands it to libcurl and takes it back."""
+
+    def __init__(self, order: Order, curl: pycurl.Curl, open_landing: OpenLanding, now_s: float) -> None:
+        """Raises Rejected where the order cannot even be sent."""
+        self.order = order
+        self.curl = curl
+        self.url = location.checked(order.url)
+        self.fetched_bytes = 0
+        """Of all bodies, redirects' included."""
+        self.connections_new = 0
+        self.single_use = False
+        """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
+        so such a target is given apart from the URL, which cannot be taken back."""
+        self.head: Head | None = None
+        self.progress_at_s = now_s
+        """When the store last sent anything; a stall is counted from here."""
+        self._open_landing = open_landing
+        self._landing: Landing | None = None
+        self._started_at_s = now_s
+        self._landed_at_s = 0.0
+        self._lease_origin = location.origin(self.url)
+        self._redirects = 0
+        self._head_lines: list[bytes] = []
+        self._head_lines_seen = 0
+        self._incoming: list[bytes] = []
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._landed_upto = order.start
+        self._body: Body | None = None
+        self._body_bytes = 0
+        self._skip_left_bytes = 0
+        self._error_body = b""
+
+    # --- the request --------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Sets what differs from request to request on the curl handle (the rest is the worker's `new_curl`).
+
+        Raises Rejected for a lease header that would break out of its line.
+        """
+        order = self.order
+        headers = [f"Range: bytes={order.start}-{order.stop - 1}".encode(), b"Accept-Encoding: identity"]
+        if location.origin(self.url) == self._lease_origin:
+            headers += [_header_line(name, value) for name, value in order.headers if name.lower() not in _OWN_HEADERS]
+        curl = self.curl
+        curl.setopt(pycurl.URL, self.url)
+        if not self.url.isascii():
+            self.single_use = True
+        if self.single_use:
+            curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
+        curl.setopt(pycurl.HTTPHEADER, headers)
+        curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
+        curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
+
+    def redirect(self) -> bool:
+        """After an answer has ended: whether it was a redirect that is to be followed; `prepare` then aims at its target.
+
+        Raises Rejected for a redirect that must not be followed, or one too many.
+        """
+        head = self._read_head()
+        if head.status not in response.REDIRECTS or "location" not in head.headers:
+            return False
+        self._redirects += 1
+        if self._redirects > location.REDIRECTS_MAX:
+            raise Rejected(FailureKind.PROTOCOL, f"more than {location.REDIRECTS_MAX} redirects")
+        self.url = location.followed(self.url, head.headers["location"].encode("latin-1"))
+        self.head = None
+        self._head_lines.clear()
+        self._incoming.clear()
+        self._error_body = b""
+        self._body_bytes = 0
+        return True
+
+    # --- the answer ---------------------------------------------------------------------------------------------------
+
+    def advance(self, now_s: float) -> Landed | None:
+        """Takes what arrived, lands what is due. Returns how far the order has come, if it came further.
+
+        Raises Rejected; OSError from the landing.
+        """
+        if self._incoming or len(self._head_lines) != self._head_lines_seen:
+            self._head_lines_seen = len(self._head_lines)
+            self.progress_at_s = now_s
+            self._take()
+        due = self._due_bytes()
+        if due == 0 or (
+            due < LAND_BYTES
+            and self._landed_upto + due < self.order.stop
+            and now_s - self._landed_at_s < LAND_INTERVAL_S
+        ):
+            return None
+        return self._land(due, now_s)
+
+    @property
+    def land_at_s(self) -> float | None:
+        """When `advance` is to be called even if nothing arrives; None: no need."""
+        return self._landed_at_s + LAND_INTERVAL_S if self._due_bytes() else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole extent has landed; the rest of the body, if any, is of no interest."""
+        return self._landed_upto == self.order.stop
+
+    @property
+    def surplus(self) -> bool:
+        """Whether the extent has landed and more of the body is to come that nobody wants."""
+        return self.complete and self._body is not None and self._body_bytes < self._body.total_bytes
+
+    def finish(self, now_s: float) -> Landed | None:
+        """The body has ended as HTTP has it. Lands the rest; raises Rejected if it is not the whole of it."""
+        if self._body is None and not self._incoming:
+            self._judge()
+        self._take()
+        body = self._body
+        if body is None:
+            head = self._read_head()
+            code = response.error_code(self._error_body)
+            raise Rejected(response.status_kind(head.status), f"HTTP {head.status}" + (f" {code}" if code else ""))
+        if self._body_bytes != body.total_bytes:
+            kind = FailureKind.CHANGED if body.hold else FailureKind.TRANSIENT
+            raise Rejected(kind, f"the body ended after {self._body_bytes} of {body.total_bytes} bytes")
+        body.hold = False
+        due = self._due_bytes()
+        return self._land(due, now_s) if due else None
+
+    def salvage(self, now_s: float) -> Landed | None:
+        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again. Raises OSError."""
+        due = self._due_bytes()
+        return self._land(due, now_s) if due else None
+
+    def broken(self, code: int, message: str) -> Rejected:
+        """What it means that libcurl gave up with `code`. An error status that came before that counts for more."""
+        proxy_status = self.curl.getinfo(pycurl.HTTP_CONNECTCODE)
+        if code != pycurl.E_OK and proxy_status >= 300:
+            return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
+        if self._head_lines and (status := self._read_head().status) >= 400:
+            return Rejected(response.status_kind(status), f"HTTP {status}")
+        words = _CURL_TEXTS.get(code, f"curl error {code}")
+        if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
+            words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
+        return Rejected(_CURL_KINDS.get(code, FailureKind.TRANSIENT), words)
+
+    def failed(self, rejected: Rejected) -> Failed:
+        """The message that ends this order."""
+        head = Head(self._head_lines) if self._head_lines else None
+        return Failed(
+            id=self.order.id,
+            kind=rejected.kind.value,
+            detail=rejected.detail,
+            status=head.status if head and head.status else None,
+            retry_after_s=head.retry_after_s(time.time()) if head else None,
+            server_date_s=head.date_s if head else None,
+            fetched_bytes=self.fetched_bytes,
+        )
+
+    @staticmethod
+    def unsent(order: Order, rejected: Rejected) -> Failed:
+        """The same for an order that could not be sent at all."""
+        return Failed(id=order.id, kind=rejected.kind.value, detail=rejected.detail)
+
+    @property
+    def version(self) -> str:
+        """The ETag of the accepted answer."""
+        return self._body.version if self._body else ""
+
+    def total_s(self, now_s: float) -> float:
+        """Since the order arrived here."""
+        return now_s - self._started_at_s
+
+    def close(self) -> None:
+        """Lets go of the segment file. Raises OSError (network file systems write late); a second call does nothing."""
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            landing.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _read_head(self) -> Head:
+        if self.head is None:
+            self.head = Head(self._head_lines)
+        return self.head
+
+    def _judge(self) -> None:
+        head = self._read_head()
+        if head.status in {200, 206}:
+            self._body = response.accept(self.order, head)
+            self._skip_left_bytes = self._body.skip_bytes
+
+    def _take(self) -> None:
+        """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""
+        if not self._incoming:
+            return
+        if self._body is None:
+            self._judge()
+        chunks = self._incoming.copy()
+        self._incoming.clear()
+        arrived_bytes = sum(map(len, chunks))
+        self.fetched_bytes += arrived_bytes
+        self._body_bytes += arrived_bytes
+        body = self._body
+        if body is None:
+            self._take_error(chunks)
+            return
+        if self._body_bytes > body.total_bytes:
+            kind = FailureKind.CHANGED if body.hold else FailureKind.PROTOCOL
+            raise Rejected(kind, f"the body has more than {body.total_bytes} bytes")
+        if self._skip_left_bytes:
+            chunks, arrived_bytes = self._skip(chunks, arrived_bytes)
+        surplus_bytes = self._landed_upto + self._pending_bytes + arrived_bytes - self.order.stop
+        if surplus_bytes > 0:  # only in an answer that is the whole object
+            joined = b"".join(chunks)
+            chunks = [joined[: max(0, arrived_bytes - surplus_bytes)]]
+            arrived_bytes = len(chunks[0])
+        self._pending += chunks
+        self._pending_bytes += arrived_bytes
+
+    def _take_error(self, chunks: list[bytes]) -> None:
+        if len(self._error_body) < ERROR_BODY_BYTES:
+            self._error_body = (self._error_body + b"".join(chunks))[:ERROR_BODY_BYTES]
+        if self._body_bytes > ERROR_BODY_BYTES_MAX:
+            status = self._read_head().status
+            raise Rejected(response.status_kind(status), f"HTTP {status} with a long body")
+
+    def _skip(self, chunks: list[bytes], arrived_bytes: int) -> tuple[list[bytes], int]:
+        skipped = min(self._skip_left_bytes, arrived_bytes)
+        self._skip_left_bytes -= skipped
+        if skipped == arrived_bytes:
+            return [], 0
+        return [b"".join(chunks)[skipped:]], arrived_bytes - skipped
+
+    def _due_bytes(self) -> int:
+        """How many of the pending bytes could be landed: whole blocks, or everything up to the extent's end."""
+        if self._body is None or self._body.hold:
+            return 0
+        if self._landed_upto + self._pending_bytes == self.order.stop:
+            return self._pending_bytes
+        return self._pending_bytes - self._pending_bytes % BLOCK_BYTES
+
+    def _land(self, due_bytes: int, now_s: float) -> Landed:
+        order = self.order
+        if self._landing is None:
+            key = ObjectKey(text(order.stable_id), order.size)
+            try:
+                self._landing = self._open_landing(
+                    os.fsdecode(order.segment_path), key, order.start // SEGMENT_BYTES, self.version
+                )
+            except ValueError:  # the format bounds what it stores
+                raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
+        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
+        self._landing.land(self._landed_upto, memoryview(data)[:due_bytes])
+        self._pending_bytes -= due_bytes
+        self._pending = [data[due_bytes:]] if self._pending_bytes else []
+        self._landed_upto += due_bytes
+        self._landed_at_s = now_s
+        return Landed(id=order.id, upto=self._landed_upto, version=self.version)
+
+
+def _header_line(name: bytes, value: bytes) -> bytes:
+    if any(c in name + value for c in b"\r\n\0") or not name or b":" in name:
+        raise Rejected(FailureKind.FORBIDDEN, "a header of the lease is not one line")
+    return name + b": " + value if value else name + b";"
+
+
+def first_byte_s(curl: pycurl.Curl) -> float:
+    """From sending the request to the first byte of the answer, without connecting."""
+    return max(0.0, float(curl.getinfo(pycurl.STARTTRANSFER_TIME) - curl.getinfo(pycurl.PRETRANSFER_TIME)))

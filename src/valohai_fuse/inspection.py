@@ -1,0 +1,170 @@
+"""What a mount says of itself: the answers behind `status`, `info` and the user.valohai.* attributes.
+
+Part of the composition: it sees the manifest, the tree and the store at once. No answer holds a URL's query; `uri` is what
+inputs.json names the file by, cut at a query where it has one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+import trio
+
+from valohai_fuse import errors
+from valohai_fuse.engine.leases import Leases
+from valohai_fuse.engine.reader import Reader
+from valohai_fuse.handshake import MountSpec
+from valohai_fuse.model.manifest import Manifest, stable_id
+from valohai_fuse.model.tree import Inode, Tree
+from valohai_fuse.model.urls import redact
+from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.ports import BlockStore, FileRef, ObjectKey
+
+OPEN_FILES_SHOWN = 20
+FILES_PER_BREATH = 200
+"""A directory is summed up in pieces of this many files, so that reads are answered in between."""
+
+
+class Catalogue:
+    """What the tree shows, in the engine's words: from an inode to the object's key, its FileRef and a name for messages."""
+
+    def __init__(self, manifest: Manifest, tree: Tree) -> None:
+        self.manifest = manifest
+        self.tree = tree
+
+    def file(self, inode: Inode) -> tuple[FileRef, str]:
+        """For the size probe: the size is not known yet."""
+        return self.manifest.record(self.tree.file_index(inode)).ref(), self.tree.path(inode)
+
+    def object(self, inode: Inode) -> tuple[ObjectKey, FileRef, str]:
+        """For the reader: a file whose size is known."""
+        record = self.manifest.record(self.tree.file_index(inode))
+        size = self.tree.size(inode)
+        assert size is not None, "sized when it was looked up"
+        return ObjectKey(stable_id(record), size), record.ref(), self.tree.path(inode)
+
+
+class Inspection:
+    """Answers about one mount; all on the trio thread."""
+
+    def __init__(
+        self,
+        spec: MountSpec,
+        catalogue: Catalogue,
+        store: BlockStore,
+        reader: Reader,
+        leases: Leases,
+        metrics: Counts,
+        *,
+        began_at_s: float,
+    ) -> None:
+        self._spec = spec
+        self._manifest = catalogue.manifest
+        self._tree = catalogue.tree
+        self._store = store
+        self._reader = reader
+        self._leases = leases
+        self._metrics = metrics
+        self._began_at_s = began_at_s
+
+    async def status(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - a handler's shape
+        """The `status` answer: what is mounted, what is open, all metrics."""
+        files, size, unknown = self._tree.totals()
+        reader = self._reader.statistics()
+        self._metrics.gauge("open_files", reader.handles)
+        self._metrics.gauge("reads_under_way", reader.reads_waiting)
+        self._metrics.gauge("flights", reader.flights)
+        return {
+            "pid": os.getpid(),
+            "mountpoint": self._spec.mountpoint,
+            "inputs": list(self._spec.inputs),
+            "as_root": self._spec.as_root,
+            "since": self._began_at_s,
+            "files": files,
+            "bytes": size,
+            "files_of_unknown_size": unknown,
+            "warnings": len(self._tree.warnings),
+            "open_files": self._reader.open_labels(OPEN_FILES_SHOWN),
+            "metrics": self._metrics.snapshot() | self._renewals(),
+        }
+
+    def _renewals(self) -> dict[str, float]:
+        leases = self._leases.statistics()
+        return {
+            "renewals": leases.renewals,
+            "renewal_failures": leases.renewals_failed,
+            "urls_refused": leases.refused,
+            "clock_skew_seconds": leases.clock_skew_s or 0.0,
+        }
+
+    async def info(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The `info` answer for `path`, relative to the mount point. Raises UsageError when there is no such name."""
+        path = str(request.get("path", "")).strip("/")
+        inode = self._tree.find(path)
+        if inode is None:
+            raise errors.UsageError(f"no such file or directory in {self._spec.mountpoint}: {path}")
+        if self._tree.is_dir(inode):
+            return await self._of_directory(inode)
+        return self._of_file(inode)
+
+    def attributes(self, inode: Inode) -> dict[bytes, bytes]:
+        """The user.valohai.* attributes of a file."""
+        if self._tree.is_dir(inode):
+            return {}
+        info = self._of_file(inode)
+        names = ("uri", "datum_id", "input_id", "cached_bytes", "metadata")
+        return {
+            f"user.valohai.{name}".encode(): value.encode() if isinstance(value, str) else msgspec.json.encode(value)
+            for name in names
+            if (value := info.get(name)) not in (None, [])
+        }
+
+    def _of_file(self, inode: Inode) -> dict[str, Any]:
+        size, on_disk = self._tree.size(inode), self._tree.local(inode)
+        shown: dict[str, Any] = {
+            "path": self._tree.path(inode),
+            "type": "file",
+            "size": size,
+            "cached_bytes": self._cached_bytes(inode),
+            "on_disk": on_disk,
+        }
+        if self._tree.file_index(inode) < 0:
+            return shown  # on the disk below the mount point, not in the manifest
+        record = self._manifest.record(self._tree.file_index(inode))
+        return shown | {
+            "input": record.input_name,
+            "name": record.name,
+            "uri": redact(record.uri) if record.uri and "?" in record.uri else record.uri,
+            "datum_id": record.datum_id,
+            "input_id": record.input_id,
+            "download_intent": record.download_intent,
+            "metadata": record.metadata,
+            "checksums": record.checksums,
+        }
+
+    def _cached_bytes(self, inode: Inode) -> int:
+        size = self._tree.size(inode)
+        if not size or self._tree.local(inode):
+            return size or 0
+        return self._store.cached_bytes(ObjectKey(stable_id(self._manifest.record(self._tree.file_index(inode))), size))
+
+    async def _of_directory(self, inode: Inode) -> dict[str, Any]:
+        files = size = unknown = cached = 0
+        for file in self._tree.walk_files(inode):
+            known = self._tree.size(file)
+            files += 1
+            size += known or 0
+            unknown += known is None
+            cached += self._cached_bytes(file)
+            if files % FILES_PER_BREATH == 0:
+                await trio.lowlevel.checkpoint()
+        return {
+            "path": self._tree.path(inode),
+            "type": "directory",
+            "files": files,
+            "size": size,
+            "files_of_unknown_size": unknown,
+            "cached_bytes": cached,
+        }

@@ -1,0 +1,68 @@
+"""Makes the cache directory and refuses one that other users could tamper with.
+
+The checksums of the format find accidents, not forgery: who can write into the directory can make a reader see other bytes.
+So it must be a real directory, ours, and writable by nobody else. Must not know segments.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from valohai_fuse.errors import ConfigurationError
+from valohai_fuse.model.segment import FORMAT_DIRECTORY
+
+_MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
+
+
+def prepare(cache_dir: str) -> str:
+    """Makes `cache_dir` (0700, parents as needed) and the format's directory in it; returns the latter's path.
+
+    Raises ConfigurationError when the directory is not safe to use, OSError when it cannot be made.
+    """
+    os.makedirs(os.path.dirname(cache_dir) or ".", exist_ok=True)
+    home = os.path.join(cache_dir, FORMAT_DIRECTORY)
+    for path in (cache_dir, home):
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        except OSError:
+            if not os.path.lexists(path):  # mkdir says EROFS or EACCES even of a directory that exists
+                raise
+        _check(path)
+    return home
+
+
+def _check(path: str) -> None:
+    found = os.lstat(path)
+    if stat.S_ISLNK(found.st_mode):
+        raise ConfigurationError(
+            f"the cache directory is a symbolic link: {path}", hint="name its target with --cache-dir"
+        )
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigurationError(f"the cache directory is not a directory: {path}", hint="choose another --cache-dir")
+    if found.st_uid != os.geteuid():
+        raise ConfigurationError(
+            f"the cache directory belongs to another user (uid {found.st_uid}): {path}",
+            hint="whoever owns it could change what you read; choose a --cache-dir of your own",
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigurationError(
+            f"other users may write to the cache directory: {path}", hint=f"chmod go-w {path}, if you trust its content"
+        )
+
+
+def lies_in_memory(path: str) -> bool:
+    """Whether `path` is on a file system that has no disk below it, so that reading it never waits."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                fields, _, rest = line.partition(" - ")
+                if fields.split(" ")[2] == wanted:
+                    return rest.split(" ", 1)[0] in _MEMORY_FILE_SYSTEMS
+    except (OSError, IndexError):
+        return False
+    return False

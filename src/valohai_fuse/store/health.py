@@ -1,0 +1,83 @@
+"""Decides whether new segments go to the disk or to memory, and how often a sick disk is talked about.
+
+    well --failed--> sick (memory only) --backoff over--> on trial --quiet for PROOF_S--> well
+                      ^                                      |
+                      +------------failed, backoff doubled---+
+
+A disk is tried by handing out a path on it again: the next landing is the probe, so no thread of ours can hang on it. One
+WARNING per illness and one INFO when it is over. Used on the event loop's thread only; the clock is injected.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger("valohai_fuse.store")
+
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MAX_S = 60.0
+PROOF_S = 10.0
+"""On trial for this long without a complaint: well. Landings take milliseconds, so a failure would be known by then."""
+WARNING_INTERVAL_S = 60.0
+
+
+class RateLimitedLog:
+    """Warns once per topic and interval; the next warning says how many were held back."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._quiet_until_s: dict[str, float] = {}
+        self._held_back: dict[str, int] = {}
+
+    def warn(self, topic: str, message: str) -> None:
+        """Logs `message` as a WARNING, unless `topic` was warned of less than WARNING_INTERVAL_S ago."""
+        now_s = self._monotonic()
+        if now_s < self._quiet_until_s.get(topic, now_s):
+            self._held_back[topic] = self._held_back.get(topic, 0) + 1
+            return
+        self._quiet_until_s[topic] = now_s + WARNING_INTERVAL_S
+        held_back = self._held_back.pop(topic, 0)
+        log.warning("%s%s", message, f" ({held_back} more like this before)" if held_back else "")
+
+
+class DiskHealth:
+    """The state above. `takes_writes()` before every landing, `failed()` after one that the disk refused."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._warnings = RateLimitedLog(monotonic)
+        self._sick_until_s: float | None = None
+        self._trial_since_s: float | None = None
+        self._backoff_s = BACKOFF_FIRST_S
+
+    @property
+    def well(self) -> bool:
+        """Neither sick nor on trial."""
+        return self._sick_until_s is None and self._trial_since_s is None
+
+    def takes_writes(self) -> bool:
+        """Whether the next landing should go to the disk. True for a disk that is on trial."""
+        now_s = self._monotonic()
+        if self._sick_until_s is not None:
+            if now_s < self._sick_until_s:
+                return False
+            self._sick_until_s, self._trial_since_s = None, now_s
+        elif self._trial_since_s is not None and now_s >= self._trial_since_s + PROOF_S:
+            self._trial_since_s = None
+            self._backoff_s = BACKOFF_FIRST_S
+            log.info("the cache directory takes writes again")
+        return True
+
+    def failed(self, detail: str) -> None:
+        """The disk refused a write. Several landings fail at once when a disk does: they count as one."""
+        if self._sick_until_s is not None:
+            return
+        if self._trial_since_s is None:
+            self._warnings.warn(
+                "sick", f"the cache directory takes no writes ({detail}); new data is kept in memory meanwhile"
+            )
+        else:
+            self._trial_since_s = None
+            self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
+        self._sick_until_s = self._monotonic() + self._backoff_s

@@ -1,0 +1,153 @@
+"""Lands blocks in a cache file: the writing half of the format, used by the fetch workers.
+
+Any number of processes, on any number of hosts, may land in one segment at once: an object's bytes are the same for all of
+them, and so are header and entries, so whatever order the writes take the file only gains blocks. Hence no locks, no
+temporary names and no fsync (see `model.segment`). The data goes out before the entry that vouches for it, so that a reader
+does not distrust a block that is just on its way; correctness does not depend on that order.
+
+What is found at the path decides how a writer starts:
+- nothing, or an empty file: writes the header;
+- the very header it would write: goes on from there;
+- a sound header of another version or object: someone may be reading that file, so it is unlinked and a new one made;
+- anything else (torn, rotten): header and an empty table are written over it. Not unlinked, for two writers who meet the
+  same rubbish would unlink each other's new file.
+
+Must not know: HTTP, the store's bookkeeping, retries. Errors of the disk are raised as they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from types import TracebackType
+from typing import Self
+
+from valohai_fuse.model import segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
+from valohai_fuse.ports import ObjectKey, Version
+
+_REPLACE_ATTEMPTS_MAX = 4
+"""Two writers of two versions can take the file from one another; that many times is bad luck, more is a fault."""
+
+
+def memory_name(digest_hex: str, segment_index: int) -> str:
+    """The name of a memory segment's memfd (see `store.memory`): by it a writer knows that it opened the right one."""
+    return f"valohai-fuse:{digest_hex}.{segment_index:x}"
+
+
+def is_memory_path(path: str) -> bool:
+    """Whether a segment path leads to a memory segment of some process instead of a file on disk."""
+    return path.startswith("/proc/")
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """pwrite until all of `data` is out; a full disk cuts a write short before it refuses the next. Raises OSError."""
+    written = os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    rest = memoryview(data)
+    while written < len(rest):
+        step = os.pwrite(fd, rest[written:], offset + written)
+        if step == 0:
+            raise OSError(errno.EIO, "a write to the cache made no progress")
+        written += step
+
+
+class SegmentWriter:
+    """Writes blocks of one version of one object into one segment file. One thread uses it at a time."""
+
+    __slots__ = ("_fd", "_first_block", "_seed", "_size", "_start", "_stop")
+
+    def __init__(self, path: str, key: ObjectKey, segment_index: int, version: Version) -> None:
+        """Opens the segment at `path`, making or replacing the file where needed.
+
+        Raises OSError as the disk gave it; ValueError for a version longer than `segment.VERSION_BYTES_MAX` bytes or a
+        segment beyond the object's end.
+        """
+        self._fd = -1
+        length = segment.segment_bytes(key.size, segment_index)
+        if length == 0:
+            raise ValueError(f"an object of {key.size} bytes has no segment {segment_index}")
+        self._size = key.size
+        self._start = segment_index * SEGMENT_BYTES
+        self._stop = self._start + length
+        self._first_block = self._start // BLOCK_BYTES
+        digest = segment.object_digest(key.stable_id, key.size)
+        self._seed = segment.hash_seed(digest, version)
+        header = segment.encode_header(key.stable_id, key.size, segment_index, version)
+        if is_memory_path(path):
+            self._fd = _open_memory(path, header, memory_name(digest.hex(), segment_index))
+        else:
+            self._fd = _open_file(path, header)
+
+    def land(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Makes the whole blocks in `data` present; `offset` is that of the first, in the object, block-aligned.
+
+        Only the object's last block may be short. Returns when any reader can read them. Raises OSError as the disk gave
+        it (blocks before the failure may have landed), ValueError for bytes that are not whole blocks of this segment.
+        """
+        view = memoryview(data)
+        stop = offset + len(view)
+        if offset % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != self._size) or not view:
+            raise ValueError(f"not whole blocks: [{offset}, {stop}) of {self._size} bytes")
+        if not self._start <= offset < stop <= self._stop:
+            raise ValueError(f"not in this segment: [{offset}, {stop})")
+        block_number = offset // BLOCK_BYTES
+        entries = segment.encode_entries(view, self._seed, block_number)
+        write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
+        write_all(self._fd, entries, segment.entry_offset(block_number - self._first_block))
+
+    def close(self) -> None:
+        """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_file(path: str, header: bytes) -> int:
+    for _ in range(_REPLACE_ATTEMPTS_MAX):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            found = os.pread(fd, segment.HEADER_BYTES, 0)
+            if found == header:
+                return fd
+            if not found:
+                write_all(fd, header, 0)
+                return fd
+            if segment.decode_header(found) is None:
+                write_all(fd, header + segment.EMPTY_TABLE, 0)
+                return fd
+            os.unlink(path)
+        except FileNotFoundError:
+            os.close(fd)  # another writer unlinked it first
+            continue
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    raise OSError(errno.ESTALE, "other versions of the object keep taking the segment's place", path)
+
+
+def _open_memory(path: str, header: bytes, name: str) -> int:
+    """The daemon may have dropped this segment and its descriptor number may mean something else by now: such a thing is
+    recognised by its name and never written to."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        is_it = os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{name} ")
+        if is_it and os.pread(fd, segment.HEADER_BYTES, 0) != header:
+            write_all(fd, header + segment.EMPTY_TABLE, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    if not is_it:
+        os.close(fd)
+        raise OSError(errno.ESTALE, "the memory segment is gone", path)
+    return fd

@@ -1,0 +1,130 @@
+"""An open cache file (or memory segment), and the verified reading of its blocks.
+
+Invariants: bytes leave here only after their block matched its entry *on this very read*, so bit rot, truncation, holes and
+foreign writes are all found, whenever they happen. What is remembered of the table only saves looking; it may be stale, and
+then a block is looked for in vain or fails to verify.
+
+`Contents` is an immutable snapshot, replaced as a whole: the event loop and the reading threads share an OpenSegment without
+a lock, each working on the snapshot it took. The descriptor is closed when the last reference goes, never under a reader:
+a thread that still reads keeps it alive by holding it, so eviction from a cache is just forgetting.
+
+Every read is either `nowait`, raising BlockingIOError where a disk would have to be waited for, or waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from valohai_fuse.model import segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS
+from valohai_fuse.ports import ObjectKey, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What header and table said when they were last read. Blocks are counted within the segment."""
+
+    version: Version
+    entries: tuple[int, ...]
+    seed: int
+
+    def serves(self, version: Version, first: int, byte_count: int) -> bool:
+        """Whether there is an entry, of this version, for all blocks that hold `byte_count` bytes from block `first` on."""
+        return self.version == version and 0 not in self.entries[first : first + segment.blocks_in(byte_count)]
+
+
+class OpenSegment:
+    """One segment's descriptor. `contents` is None as long as there is no sound header of this very segment."""
+
+    __slots__ = ("__weakref__", "_first_block", "_header", "contents", "fd", "file_id", "index", "key", "never_waits")
+
+    def __init__(self, fd: int, key: ObjectKey, index: int, *, never_waits: bool) -> None:
+        """Takes over `fd`. `never_waits`: the file is in memory, an ordinary read of it is as good as a nowait one."""
+        self.fd = fd
+        self.key = key
+        self.index = index
+        self.never_waits = never_waits
+        self.file_id: tuple[int, int] | None = None
+        self.contents: Contents | None = None
+        self._first_block = index * SEGMENT_BLOCKS
+        self._header = b""
+
+    def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - bound early: modules are gone at exit
+        close(self.fd)
+
+    @classmethod
+    def open(cls, path: str, key: ObjectKey, index: int, *, never_waits: bool) -> OpenSegment:
+        """Opens a cache file for reading, without looking into it yet. Raises OSError."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        opened = cls(fd, key, index, never_waits=never_waits)
+        found = os.fstat(fd)
+        opened.file_id = (found.st_dev, found.st_ino)
+        return opened
+
+    def refresh(self, *, nowait: bool) -> Contents | None:
+        """Reads header and table again. Raises OSError, BlockingIOError with `nowait`."""
+        page = bytearray(segment.PAGE_BYTES)
+        if self._pread(memoryview(page), 0, nowait=nowait) < len(page):
+            self.contents = None
+            return None
+        header = bytes(page[: segment.HEADER_BYTES])
+        if self.contents is None or header != self._header:
+            said = segment.decode_header(header)
+            if said is None or not self._is_ours(said):
+                self.contents = None
+                return None
+            digest = segment.object_digest(self.key.stable_id, self.key.size)
+            seed = segment.hash_seed(digest, said.version)
+            contents = Contents(said.version, segment.decode_table(page), seed)
+            self._header = header
+        else:
+            contents = Contents(self.contents.version, segment.decode_table(page), self.contents.seed)
+        self.contents = contents
+        return contents
+
+    def _is_ours(self, said: segment.Header) -> bool:
+        return (
+            said.size == self.key.size
+            and said.segment_index == self.index
+            and said.stable_id == segment.stored_id(self.key.stable_id)
+        )
+
+    def read_blocks(self, contents: Contents, first: int, into: memoryview, *, nowait: bool) -> int | None:
+        """Fills `into` with the blocks from `first` on, each verified against `contents`.
+
+        Returns the first block that is not what its entry says, None when all are. `into` holds whole blocks, the
+        object's last one as short as it is; after a bad block its content means nothing. Raises OSError, BlockingIOError
+        with `nowait`.
+        """
+        wanted = len(into)
+        read = self._pread(into, segment.DATA_OFFSET + first * BLOCK_BYTES, nowait=nowait)
+        if read < wanted:
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
+            read = self._pread_rest(into, read, segment.DATA_OFFSET + first * BLOCK_BYTES)
+        entries, seed, first_number = contents.entries, contents.seed, self._first_block
+        for nth, at in enumerate(range(0, wanted, BLOCK_BYTES), first):
+            stop = min(at + BLOCK_BYTES, wanted)
+            if stop > read or segment.block_entry(into[at:stop], seed, first_number + nth) != entries[nth]:
+                return nth
+        return None
+
+    def _pread(self, into: memoryview, offset: int, *, nowait: bool) -> int:
+        if not nowait or self.never_waits:
+            return os.preadv(self.fd, [into], offset)
+        try:
+            return os.preadv(self.fd, [into], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # network file systems, mostly: nobody knows whether it would wait
+                raise BlockingIOError(errno.EAGAIN, "cannot tell whether this would wait") from None
+            raise
+
+    def _pread_rest(self, into: memoryview, read: int, offset: int) -> int:
+        while read < len(into):
+            step = os.preadv(self.fd, [into[read:]], offset + read)
+            if step == 0:
+                break
+            read += step
+        return read

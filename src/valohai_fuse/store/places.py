@@ -1,0 +1,227 @@
+"""Where the blocks of a segment are: keeps open segments at hand, looks for them on the disk, and deals with bad ones.
+
+A segment is in memory (where the disk would not take it), in its file, in both, or nowhere. What is at hand is an outdated
+snapshot at worst; `look` looks again, for others (our workers, other daemons, other hosts) land, replace and evict at any
+moment.
+
+A fault is one time that a segment's file let a reader down. From FAULTS_TOLERATED on the file is left alone for
+FAULT_MEMORY_S, and the segment lives in memory meanwhile: otherwise a rotten sector could send a read round in circles,
+fetched, landed, found bad, fetched...
+
+Threads: any. The maps are touched only under `_lock`, which is never held over a system call that can wait. Open segments
+need no lock (see `store.opened`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+from cachetools import LRUCache, TTLCache
+
+from valohai_fuse.model import segment
+from valohai_fuse.ports import ObjectKey
+from valohai_fuse.store.health import RateLimitedLog
+from valohai_fuse.store.memory import MemorySegments
+from valohai_fuse.store.opened import Contents, OpenSegment
+
+FAULTS_TOLERATED = 2
+FAULT_MEMORY_S = 600.0
+_FAULTS_MAX = 4096
+
+Place = tuple[ObjectKey, int]
+"""An object and the index of one of its segments."""
+
+
+class Places:
+    """The segments of one cache directory, `home` being the format's directory in it."""
+
+    def __init__(
+        self,
+        home: str,
+        *,
+        descriptors_max: int,
+        memory_bytes_max: int,
+        never_waits: bool,
+        monotonic: Callable[[], float],
+        warnings: RateLimitedLog,
+    ) -> None:
+        """`never_waits`: the directory is in memory, so reading it needs no care."""
+        self._home = home
+        self._never_waits = never_waits
+        self._warnings = warnings
+        self._lock = threading.Lock()
+        self._opened: LRUCache[Place, OpenSegment] = LRUCache(max(1, descriptors_max))
+        self._memory = MemorySegments(memory_bytes_max)
+        self._faults: TTLCache[Place, int] = TTLCache(_FAULTS_MAX, FAULT_MEMORY_S, timer=monotonic)
+        self.blocks_distrusted = 0
+
+    def close(self) -> None:
+        """Forgets all; the descriptors go with their last user."""
+        with self._lock:
+            self._opened.clear()
+            self._memory.clear()
+
+    def forget_files(self) -> None:
+        """Gives back the descriptors of files, as `close`; what is still there is opened again when it is asked for."""
+        with self._lock:
+            self._opened.clear()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Open files, segments in memory, and the bytes that the latter take when full."""
+        with self._lock:
+            return len(self._opened), len(self._memory), self._memory.bytes_when_full
+
+    def path(self, place: Place) -> str:
+        """Where the segment's file is, if it is."""
+        key, index = place
+        digest = segment.object_digest(key.stable_id, key.size)
+        return os.path.join(self._home, segment.segment_name(digest.hex(), index))
+
+    def memory_path(self, place: Place) -> str:
+        """Where a worker lands the segment in memory. Raises OSError."""
+        with self._lock:
+            return self._memory.path(*place)
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def at_hand(self, place: Place) -> OpenSegment | None:
+        """The segment as it was last seen, without any system call."""
+        with self._lock:
+            return self._opened.get(place) or self._memory.get(*place)
+
+    def look(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
+        """Where blocks of the segment are, as of now. Raises BlockingIOError with `nowait`, nothing else."""
+        with self._lock:
+            in_memory = self._memory.get(*place)
+        places: list[tuple[OpenSegment, Contents]] = []
+        if in_memory is not None:
+            self._refresh(in_memory, places, nowait=nowait)
+        if not self.avoids_file(place):
+            try:
+                opened = self._file(place)
+                if opened is not None:
+                    self._refresh(opened, places, nowait=nowait)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                if nowait:
+                    raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread") from error
+                self.unreadable(place, error)
+        return places
+
+    @staticmethod
+    def _refresh(opened: OpenSegment, places: list[tuple[OpenSegment, Contents]], *, nowait: bool) -> None:
+        contents = opened.refresh(nowait=nowait)
+        if contents is not None:
+            places.append((opened, contents))
+
+    def _file(self, place: Place) -> OpenSegment | None:
+        """The open file that is at the segment's path now; None when there is none. Raises OSError."""
+        path = self.path(place)
+        with self._lock:
+            opened = self._opened.get(place)
+        try:
+            if opened is not None:
+                # By path and not by link count: not every network file system counts links.
+                found = os.stat(path, follow_symlinks=False)
+                if opened.file_id == (found.st_dev, found.st_ino):
+                    return opened
+            opened = self._open(path, place)
+        except (FileNotFoundError, NotADirectoryError):
+            self._forget(place)
+            return None
+        with self._lock:
+            self._opened[place] = opened
+        return opened
+
+    def _open(self, path: str, place: Place) -> OpenSegment:
+        key, index = place
+        try:
+            return OpenSegment.open(path, key, index, never_waits=self._never_waits)
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                raise
+        with self._lock:
+            self._opened.clear()
+        return OpenSegment.open(path, key, index, never_waits=self._never_waits)
+
+    def _forget(self, place: Place) -> None:
+        with self._lock:
+            self._opened.pop(place, None)
+
+    def listed(self, key: ObjectKey) -> list[int]:
+        """Indexes of the object's segments that exist, by one listing; anything on the disk that is in the way is none."""
+        fan_out, name = os.path.split(self.path((key, 0)))
+        prefix = name.removesuffix("0")
+        with self._lock:
+            indexes = set(self._memory.indexes(key))
+        try:
+            with os.scandir(fan_out) as entries:
+                names = [entry.name for entry in entries if entry.name.startswith(prefix)]
+        except OSError:
+            names = []
+        for name in names:
+            index_text = name.removeprefix(prefix)
+            if index_text and set(index_text) <= set("0123456789abcdef"):
+                indexes.add(int(index_text, 16))
+        return sorted(indexes)
+
+    # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+    def avoids_file(self, place: Place) -> bool:
+        """Whether the segment's file is left alone for now."""
+        with self._lock:
+            return self._faults.get(place, 0) >= FAULTS_TOLERATED
+
+    def fault(self, place: Place, count: int = FAULTS_TOLERATED) -> None:
+        """Takes down `count` faults of the segment's file, by default enough to leave it alone."""
+        with self._lock:
+            self._faults[place] = self._faults.get(place, 0) + count
+            self._opened.pop(place, None)
+
+    def unreadable(self, place: Place, error: OSError) -> None:
+        """The segment's file could not be opened or read."""
+        if error.errno in {errno.ESTALE, errno.ENOENT}:  # a network file system's way to say that it was replaced
+            self._forget(place)
+            return
+        reason = error.strerror or type(error).__name__
+        self._warnings.warn("unreadable", f"a cache file cannot be read ({reason}); its data is fetched again")
+        self.fault(place)
+
+    def distrust(self, opened: OpenSegment, believed: Contents, block: int) -> None:
+        """A block was not what its entry in `believed` says: takes the entry away, so that all fetch it again.
+
+        Raises OSError.
+        """
+        entry = believed.entries[block]
+        contents = opened.refresh(nowait=False)
+        if contents is None or contents.seed != believed.seed or contents.entries[block] != entry:
+            return  # the snapshot was outdated: the file was replaced, evicted, or the block landed anew
+        place = (opened.key, opened.index)
+        with self._lock:
+            self.blocks_distrusted += 1
+        name = os.path.basename(self.path(place))
+        self._warnings.warn("distrust", f"block {block} of cache file {name} failed its check; it is fetched again")
+        try:
+            self._clear_entry(opened, block)
+        except OSError:
+            self.fault(place)
+        else:
+            self.fault(place, 1)
+
+    def _clear_entry(self, opened: OpenSegment, block: int) -> None:
+        offset = segment.entry_offset(block)
+        if opened.file_id is None:
+            os.pwrite(opened.fd, segment.ABSENT_ENTRY, offset)
+            return
+        path = self.path((opened.key, opened.index))
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) == opened.file_id:
+                os.pwrite(fd, segment.ABSENT_ENTRY, offset)
+        finally:
+            os.close(fd)

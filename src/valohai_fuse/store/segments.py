@@ -1,0 +1,322 @@
+"""The block cache: reads verified blocks out of segment files, says what is missing, and says where to land it.
+
+Reading first tries what is known of the segments it touches; only where that does not suffice it looks at the files again.
+What goes wrong with the disk is absence for the reader, never an error:
+- a block that does not verify loses its entry and is fetched again (`store.places`);
+- a disk that refuses writes gets no more for a while, new segments go to memory, what the disk holds is still read
+  (`store.health`);
+- a disk that does not answer within `patience_s` is not waited for.
+
+Threads: everything here belongs to the event loop, except `cached_bytes`, which may run anywhere, and the inside of `read`,
+which runs in threads of a limiter of its own. What they share is in `Places`, which is made for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from valohai_fuse.errors import ConfigurationError
+from valohai_fuse.model import segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor, split_by_segment
+from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey, Version
+from valohai_fuse.store import directory
+from valohai_fuse.store.health import DiskHealth, RateLimitedLog
+from valohai_fuse.store.opened import Contents, OpenSegment
+from valohai_fuse.store.places import Places
+
+MEMORY_BYTES_MAX = 128 * 1024 * 1024
+DESCRIPTORS_MAX = 1024
+READING_THREADS = 8
+PATIENCE_S = 10.0
+_READ_ATTEMPTS_MAX = 4
+"""A bad block or an outdated snapshot sends a read back to looking; in the end it is absent."""
+_LISTING_SEGMENTS_MIN = 32
+"""From this many segments on, listing the directory beats asking for each of them."""
+
+
+class _Run(NamedTuple):
+    """Consecutive blocks that one open segment has: bytes [start, stop) of the object, `first` counted in the segment."""
+
+    opened: OpenSegment
+    contents: Contents
+    first: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """A moment of the store; `blocks_distrusted` counts from the start."""
+
+    open_segments: int
+    memory_segments: int
+    memory_bytes: int
+    blocks_distrusted: int
+    disk_well: bool
+    """False: new data goes to memory, of which there is little; reading far ahead only pushes out what is needed."""
+
+
+class SegmentStore:
+    """`ports.BlockStore` on a directory."""
+
+    def __init__(
+        self,
+        cache_dir: str,
+        *,
+        memory_bytes_max: int = MEMORY_BYTES_MAX,
+        descriptors_max: int | None = None,
+        patience_s: float = PATIENCE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Makes the directory where it is missing. Where that cannot be done, everything stays in memory (WARNING).
+
+        Raises ConfigurationError for a directory that is not safe to use.
+        """
+        if descriptors_max is None:
+            descriptors_max = min(DESCRIPTORS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._cache_dir = cache_dir
+        self._home = os.path.join(cache_dir, segment.FORMAT_DIRECTORY)
+        self._patience_s = patience_s
+        self._limiter = trio.CapacityLimiter(READING_THREADS)
+        self._warnings = RateLimitedLog(monotonic)
+        self._health = DiskHealth(monotonic)
+        self._prepared = False
+        self._fan_out_made: set[str] = set()
+        try:
+            self._prepare()
+        except OSError as error:
+            self._health.failed(_reason(error))
+        self._places = Places(
+            self._home,
+            descriptors_max=descriptors_max,
+            memory_bytes_max=memory_bytes_max,
+            never_waits=directory.lies_in_memory(self._home),
+            monotonic=monotonic,
+            warnings=self._warnings,
+        )
+
+    def close(self) -> None:
+        """Gives all descriptors back; a read that is still in a thread keeps its own until it is done."""
+        self._places.close()
+
+    def statistics(self) -> StoreStatistics:
+        """How things stand."""
+        open_segments, memory_segments, memory_bytes = self._places.counts()
+        return StoreStatistics(
+            open_segments, memory_segments, memory_bytes, self._places.blocks_distrusted, self._health.well
+        )
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+        """The bytes of `extent`, if that needs no waiting for the disk; see `ports.BlockStore`."""
+        try:
+            return self._read(key, version, extent, nowait=True)
+        except BlockingIOError:
+            return COLD
+
+    async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+        """The bytes of `extent`, read in a thread; ABSENT when the disk takes longer than the store's patience."""
+        with trio.move_on_after(self._patience_s):
+            return await trio.to_thread.run_sync(
+                self._read_waiting, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
+            )
+        self._warnings.warn("slow", f"the cache disk did not answer for {self._patience_s:g} s; fetching again instead")
+        for part in split_by_segment(extent):
+            self._places.fault((key, part.start // SEGMENT_BYTES))
+        return ABSENT
+
+    def _read_waiting(
+        self, key: ObjectKey, version: Version, extent: Extent
+    ) -> bytearray | memoryview | bytes | NotHere:
+        return self._read(key, version, extent, nowait=False)
+
+    def _read(
+        self, key: ObjectKey, version: Version, extent: Extent, *, nowait: bool
+    ) -> bytes | bytearray | memoryview | NotHere:
+        start, stop = block_floor(extent.start), block_ceil(extent.stop, key.size)
+        if extent.start >= min(extent.stop, key.size):
+            return b""
+        for _ in range(_READ_ATTEMPTS_MAX):
+            runs = self._plan(key, version, start, stop, nowait=nowait)
+            if isinstance(runs, NotHere):
+                return runs
+            buffer = bytearray(stop - start)
+            if self._fill(runs, memoryview(buffer), start, nowait=nowait):
+                if extent.start == start and extent.stop >= stop:
+                    return buffer
+                return memoryview(buffer)[extent.start - start : extent.stop - start]
+        return ABSENT
+
+    def _plan(self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool) -> list[_Run] | NotHere:
+        runs: list[_Run] = []
+        at = start
+        while at < stop:
+            index, within = divmod(at, SEGMENT_BYTES)
+            end = min(at - within + SEGMENT_BYTES, stop)
+            first = within // BLOCK_BYTES
+            opened = self._places.at_hand((key, index))
+            contents = None if opened is None else opened.contents
+            if opened is not None and contents is not None and contents.serves(version, first, end - at):
+                runs.append(_Run(opened, contents, first, at, end))
+            else:
+                found = self._compose(key, version, at, end, nowait=nowait)
+                if isinstance(found, NotHere):
+                    return found
+                runs.extend(found)
+            at = end
+        return runs
+
+    def _compose(
+        self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool
+    ) -> list[_Run] | NotHere:
+        """Runs for [start, stop) of one segment after a fresh look, each block from wherever it is."""
+        index, within = divmod(start, SEGMENT_BYTES)
+        places = self._places.look((key, index), nowait=nowait)
+        matching = [place for place in places if place[1].version == version]
+        if not matching:
+            return FOREIGN if places else ABSENT
+        runs: list[_Run] = []
+        base = start - within
+        while start < stop:
+            first = (start - base) // BLOCK_BYTES
+            having = next((place for place in matching if place[1].entries[first]), None)
+            if having is None:
+                return ABSENT
+            opened, contents = having
+            end = start
+            while end < stop and contents.entries[(end - base) // BLOCK_BYTES]:
+                end = min(end + BLOCK_BYTES, stop)
+            runs.append(_Run(opened, contents, first, start, end))
+            start = end
+        return runs
+
+    def _fill(self, runs: list[_Run], into: memoryview, start: int, *, nowait: bool) -> bool:
+        """Whether all runs were read and verified. If not, what stood in the way was dealt with: look again.
+
+        Raises BlockingIOError with `nowait`, also where there is something to be dealt with.
+        """
+        for run in runs:
+            view = into[run.start - start : run.stop - start]
+            try:
+                bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
+                if bad is None:
+                    continue
+                if not nowait:
+                    self._places.distrust(run.opened, run.contents, bad)
+            except OSError as error:
+                if not nowait:
+                    self._places.unreadable((run.opened.key, run.opened.index), error)
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread")
+            return False
+        return True
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def missing(self, key: ObjectKey, version: Version, extent: Extent) -> list[Extent]:
+        """The parts of `extent`, whole blocks, that are not present; see `ports.BlockStore`."""
+        parts: list[Extent] = []
+        if extent.start >= min(extent.stop, key.size):
+            return parts
+        for part in split_by_segment(Extent(block_floor(extent.start), block_ceil(extent.stop, key.size))):
+            for gap in self._gaps(key, version, part):
+                if parts and parts[-1].stop == gap.start:
+                    parts[-1] = Extent(parts[-1].start, gap.stop)
+                else:
+                    parts.append(gap)
+        return parts
+
+    def _gaps(self, key: ObjectKey, version: Version, part: Extent) -> Iterator[Extent]:
+        """The missing blocks of `part`, which is whole blocks of one segment."""
+        index, within = divmod(part.start, SEGMENT_BYTES)
+        first = within // BLOCK_BYTES
+        opened = self._places.at_hand((key, index))
+        contents = None if opened is None else opened.contents
+        if contents is not None and contents.serves(version, first, len(part)):
+            return
+        looked = self._places.look((key, index), nowait=False)
+        tables = [found.entries for _, found in looked if found.version == version]
+        for block, at in enumerate(range(part.start, part.stop, BLOCK_BYTES), first):
+            if not any(entries[block] for entries in tables):
+                yield Extent(at, min(at + BLOCK_BYTES, part.stop))
+
+    def version(self, key: ObjectKey, offset: int) -> Version | None:
+        """The version of the segment that holds byte `offset`, as of now; see `ports.BlockStore`."""
+        looked = self._places.look((key, offset // SEGMENT_BYTES), nowait=False)
+        return looked[0][1].version if looked else None
+
+    def cached_bytes(self, key: ObjectKey) -> int:
+        """How many bytes of the object are present, by the tables. May take a second for an object of many segments: the
+        event loop should leave it to a thread."""
+        count = -(-key.size // SEGMENT_BYTES)
+        indexes: Iterable[int] = range(count)
+        if count >= _LISTING_SEGMENTS_MIN:
+            indexes = (index for index in self._places.listed(key) if index < count)
+        return sum(self._cached_in_segment(key, index) for index in indexes)
+
+    def _cached_in_segment(self, key: ObjectKey, index: int) -> int:
+        tables = [found.entries for _, found in self._places.look((key, index), nowait=False)]
+        length = segment.segment_bytes(key.size, index)
+        return sum(
+            min(BLOCK_BYTES, length - at)
+            for block, at in enumerate(range(0, length, BLOCK_BYTES))
+            if any(entries[block] for entries in tables)
+        )
+
+    # --- where to land ------------------------------------------------------------------------------------------------
+
+    def segment_path(self, key: ObjectKey, offset: int) -> str:
+        """Where a worker lands the segment that holds byte `offset`: a file, or memory while the disk takes nothing."""
+        place = (key, offset // SEGMENT_BYTES)
+        path = self._places.path(place)
+        if not self._places.avoids_file(place) and self._health.takes_writes():
+            try:
+                self._prepare()
+                self._make_fan_out(os.path.dirname(path))
+            except (OSError, ConfigurationError) as error:
+                self._disk_refused(_reason(error))
+            else:
+                return path
+        try:
+            return self._places.memory_path(place)
+        except OSError as error:
+            self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
+            return path
+
+    def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
+        """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
+        self._places.fault((key, offset // SEGMENT_BYTES))
+        self._disk_refused(detail)
+
+    def _disk_refused(self, detail: str) -> None:
+        self._health.failed(detail)
+        self._prepared = False  # the directory may have been deleted under us: made again when the disk is tried again
+        self._fan_out_made.clear()
+        self._places.forget_files()  # who deleted files to make room gets it only when nobody has them open
+
+    def _prepare(self) -> None:
+        if not self._prepared:
+            directory.prepare(self._cache_dir)
+            if not os.access(self._home, os.W_OK | os.X_OK):
+                raise OSError(errno.EROFS, "not writable")
+            self._prepared = True
+
+    def _make_fan_out(self, path: str) -> None:
+        if path not in self._fan_out_made:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            self._fan_out_made.add(path)
+
+
+def _reason(error: OSError | ConfigurationError) -> str:
+    return error.message if isinstance(error, ConfigurationError) else error.strerror or type(error).__name__

@@ -1,0 +1,141 @@
+"""The readahead planner: same reads in, same plans out; what each kind of reader costs."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, align, split_by_segment
+from valohai_fuse.model.readahead import FIRST_READ_BYTES, RANDOM_READ_BYTES, Plan, Planner
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class Ledger:
+    """Executes plans as the engine would with an empty cache: counts requests and bytes of what was not fetched before."""
+
+    def __init__(self, size: int, window: int = 64 * MIB) -> None:
+        self.planner = Planner(size, window)
+        self.size = size
+        self.fetched: set[int] = set()
+        self.requests = 0
+
+    def read(self, start: int, stop: int) -> Plan:
+        stop = min(stop, self.size)
+        plan = self.planner.on_read(start, stop)
+        whole = (
+            [plan.demand, plan.ahead]
+            if plan.ahead.start != plan.demand.stop
+            else [Extent(plan.demand.start, plan.ahead.stop)]
+        )
+        for extent in whole:
+            for part in split_by_segment(extent):
+                blocks = set(range(part.start // BLOCK_BYTES, -(-part.stop // BLOCK_BYTES))) - self.fetched
+                self.requests += bool(blocks)
+                self.fetched |= blocks
+        return plan
+
+    @property
+    def fetched_bytes(self) -> int:
+        return len(self.fetched) * BLOCK_BYTES
+
+
+def kernel_sequential(ledger: Ledger, start: int, stop: int) -> None:
+    """The requests that a tuned kernel sends for a sequential reader: 16 KiB, then growing to 1 MiB."""
+    position, step = start, 16 * 1024
+    while position < stop:
+        ledger.read(position, min(position + step, stop))
+        position += step
+        step = min(step * 2, MIB)
+
+
+def test_head_of_a_large_file_fetches_one_mebibyte() -> None:
+    """`head -c 4096` of a 1 GiB file costs at most 1.25 MiB."""
+    ledger = Ledger(GIB)
+    ledger.read(0, 16 * 1024)
+    assert ledger.fetched_bytes == FIRST_READ_BYTES
+    assert ledger.requests == 1
+
+
+def test_random_reads_fetch_no_more_than_two_blocks() -> None:
+    """A random 4 KiB read costs at most 256 KiB, in one request, and nothing is fetched ahead of it."""
+    ledger = Ledger(GIB)
+    for count, offset in enumerate((977 * MIB + 4096, 13 * MIB, 500 * MIB + 60 * 1024, 250 * MIB, 3 * MIB), start=1):
+        ledger.read(offset, offset + 4096)
+        assert ledger.requests == count
+        assert ledger.fetched_bytes == count * RANDOM_READ_BYTES
+
+
+def test_a_sequential_stream_costs_few_requests() -> None:
+    """256 MiB in sequence take at most 48 requests: refilled at half-empty, in parts that end with a segment."""
+    ledger = Ledger(256 * MIB)
+    kernel_sequential(ledger, 0, 256 * MIB)
+    assert ledger.requests <= 48
+    assert ledger.fetched_bytes == 256 * MIB
+
+
+def test_the_window_is_full_after_the_first_16_mebibytes() -> None:
+    ledger = Ledger(GIB)
+    kernel_sequential(ledger, 0, 16 * MIB)
+    assert ledger.fetched_bytes >= 16 * MIB + 32 * MIB
+
+
+def test_a_stream_in_the_middle_of_a_file_earns_its_window() -> None:
+    ledger = Ledger(GIB)
+    kernel_sequential(ledger, 300 * MIB, 310 * MIB)
+    assert ledger.fetched_bytes >= 30 * MIB
+
+
+def test_two_streams_on_one_handle_do_not_disturb_each_other() -> None:
+    ledger = Ledger(GIB)
+    for step in range(64):
+        for base in (0, 512 * MIB):
+            ledger.read(base + step * MIB, base + (step + 1) * MIB)
+    assert ledger.fetched_bytes >= 2 * (64 + 32) * MIB
+    assert ledger.requests <= 48
+
+
+def test_reordered_kernel_readahead_stays_one_stream() -> None:
+    """The kernel's asynchronous readahead may arrive out of order; the window must not collapse."""
+    ledger = Ledger(256 * MIB)
+    kernel_sequential(ledger, 0, 8 * MIB)
+    for position in range(8, 200, 2):
+        ledger.read((position + 1) * MIB, (position + 2) * MIB)
+        ledger.read(position * MIB, (position + 1) * MIB)
+    assert ledger.requests <= 60
+
+
+def test_no_window_means_demand_only() -> None:
+    ledger = Ledger(GIB, window=0)
+    kernel_sequential(ledger, 0, 32 * MIB)
+    assert ledger.fetched_bytes == 32 * MIB
+
+
+reads = st.lists(st.tuples(st.integers(0, 70 * MIB), st.integers(1, 2 * MIB)), max_size=60)
+
+
+@given(size=st.integers(1, 64 * MIB), pattern=reads, window=st.sampled_from([0, MIB, 8 * MIB, 64 * MIB]))
+def test_plans_are_well_formed(size: int, pattern: list[tuple[int, int]], window: int) -> None:
+    """Demand is the read's whole blocks; ahead never overlaps it, never leaves the file, never exceeds the window."""
+    planner, twin = Planner(size, window), Planner(size, window)
+    for offset, length in pattern:
+        if offset >= size:
+            continue
+        stop = min(offset + length, size)
+        plan = planner.on_read(offset, stop)
+        assert plan == twin.on_read(offset, stop)
+        assert plan.demand == align(offset, stop, size)
+        assert not plan.ahead or plan.ahead.start >= plan.demand.stop
+        assert plan.ahead.stop <= size
+        assert len(plan.ahead) <= max(window, RANDOM_READ_BYTES)
+        assert plan.ahead.start % BLOCK_BYTES == 0 or plan.ahead.start == size
+        assert plan.ahead.stop % BLOCK_BYTES == 0 or plan.ahead.stop == size
+
+
+@given(start=st.integers(0, 10 * SEGMENT_BYTES), length=st.integers(0, 3 * SEGMENT_BYTES))
+def test_split_by_segment_covers_exactly(start: int, length: int) -> None:
+    parts = list(split_by_segment(Extent(start, start + length)))
+    assert sum(len(part) for part in parts) == length
+    assert all(part.start // SEGMENT_BYTES == (part.stop - 1) // SEGMENT_BYTES for part in parts)
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
