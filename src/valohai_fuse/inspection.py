@@ -16,7 +16,7 @@ from valohai_fuse import errors
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
 from valohai_fuse.handshake import MountSpec
-from valohai_fuse.model.manifest import Manifest
+from valohai_fuse.model.manifest import Manifest, stable_id
 from valohai_fuse.model.tree import Inode, Tree
 from valohai_fuse.model.urls import redact
 from valohai_fuse.obs.metrics import Counts
@@ -43,7 +43,7 @@ class Catalogue:
         record = self.manifest.record(self.tree.file_index(inode))
         size = self.tree.size(inode)
         assert size is not None, "sized when it was looked up"
-        return ObjectKey(record.stable_id(), size), record.ref(), self.tree.path(inode)
+        return ObjectKey(stable_id(record), size), record.ref(), self.tree.path(inode)
 
 
 class Inspection:
@@ -148,9 +148,7 @@ class Inspection:
         size = self._tree.size(inode)
         if not size or self._tree.local(inode):
             return size or 0
-        return self._store.cached_bytes(
-            ObjectKey(self._manifest.record(self._tree.file_index(inode)).stable_id(), size)
-        )
+        return self._store.cached_bytes(ObjectKey(stable_id(self._manifest.record(self._tree.file_index(inode))), size))
 
     async def _of_directory(self, inode: Inode) -> dict[str, Any]:
         files = size = unknown = cached = 0

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from valohai_fuse.model.extents import Extent
 from valohai_fuse.model.failure import FailureKind, FetchFailed
+from valohai_fuse.model.file_ref import FileRef
 
 __all__ = [
     "ABSENT",
@@ -66,20 +67,6 @@ Version = str
 
 
 @dataclass(frozen=True, slots=True)
-class FileRef:
-    """One file of one input, as the manifest names it: enough to ask any source for a URL."""
-
-    input_name: str
-    input_id: str | None
-    name: str
-    uri: str | None
-    datum_id: str | None
-    storage_uri: str | None = field(repr=False)
-    index: int
-    """Position in the input's list of files."""
-
-
-@dataclass(frozen=True, slots=True)
 class Lease:
     """A URL that may be used for one object until `expires_at_s` (None: it says nothing, the store's refusal decides)."""
 
@@ -108,7 +95,10 @@ class UrlSource(Protocol):
 class Renewal(Protocol):
     """One answer of a UrlSource; kept by the leases until the next one replaces it."""
 
-    minted_at_s: float
+    @property
+    def minted_at_s(self) -> float:
+        """When the answer came, by the wall clock."""
+        ...
 
     def url_for(self, file: FileRef) -> str | None:
         """The signed URL of `file` in this answer; None when the answer does not hold it."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.mounts import MountedSandbox
-from valohai_fuse.sandbox.dataset import InputSpec
+from support import client_data
+from support.leftovers import Ours
+from support.mounts import MountedSandbox, MountInputs
+from valohai_fuse.sandbox.dataset import InputSpec, SandboxFile
 from valohai_fuse.sandbox.valohai import Sandbox
 
 HERE = Path(__file__).parent
-
-MountInputs = Callable[..., MountedSandbox]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,3 +52,21 @@ def mount_inputs(own_directories: Path) -> Iterator[MountInputs]:
             return stack.enter_context(MountedSandbox(sandbox, options=options, expected_warnings=expected_warnings))
 
         yield mount
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain directory of files in other programs' formats; what is read through a mount is compared with it."""
+    return client_data.make(tmp_path_factory.mktemp("source") / "data")
+
+
+@pytest.fixture(scope="module")
+def mounted(source: Path, ours: Ours, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedSandbox]:
+    """The files of `source` as one mounted input, `data`. There is no api.json: nothing here may need one."""
+    files = [SandboxFile(str(path.relative_to(source)), path) for path in sorted(source.rglob("*")) if path.is_file()]
+    with (
+        Sandbox({"data": files}, root=tmp_path_factory.mktemp("valohai"), api_json=False) as sandbox,
+        MountedSandbox(sandbox) as mounted,
+    ):
+        yield mounted
+        sandbox.assert_token_never_leaked()

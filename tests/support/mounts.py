@@ -30,6 +30,10 @@ POLL_S = 0.02
 _LOUD = re.compile(r"^\S+Z (WARNING|ERROR|CRITICAL) ")
 
 
+MountInputs = Callable[..., "MountedSandbox"]
+"""The type of the fixture `mount_inputs`."""
+
+
 def run_cli(
     *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S, cwd: str | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -38,6 +42,16 @@ def run_cli(
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd, stdin=subprocess.DEVNULL
     )
+
+
+def run_program(command: Sequence[str], *, cwd: str | Path, timeout_s: float = 90.0) -> str:
+    """What another program prints, run in `cwd`. Raises AssertionError with its stderr when it fails; TimeoutExpired."""
+    outcome = subprocess.run(
+        command, cwd=cwd, capture_output=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+    )
+    said = outcome.stderr.decode(errors="replace")
+    assert outcome.returncode == 0, f"{command[0]} in {cwd}: exit code {outcome.returncode}\n{said}"
+    return outcome.stdout.decode(errors="surrogateescape")
 
 
 def wait_until(condition: str, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -33,11 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fetch": ADAPTER,
     "sources": ADAPTER,
     "obs": ADAPTER,
-    "sandbox": {"model", "errors"},
+    "sandbox": {"model", "errors", "settings"},
     "supervisor": {"handshake", "mount", "obs", "errors", "settings"},
-    "inspection": {"engine", "store", "obs", "ports", "model", "errors", "settings"},
+    "inspection": {"handshake", "sources", "engine", "store", "obs", "ports", "model", "errors", "settings"},
 }
-MAY_IMPORT["daemon"] = {"handshake", "mount", "inspection", "sources", "fetch", *MAY_IMPORT["inspection"]}
+MAY_IMPORT["daemon"] = {"mount", "inspection", "fetch", *MAY_IMPORT["inspection"]}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "supervisor", "sandbox"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()

@@ -31,7 +31,7 @@ class Ledger:
         )
         for extent in whole:
             for part in split_by_segment(extent):
-                blocks = {b for b in range(part.start // BLOCK_BYTES, -(-part.stop // BLOCK_BYTES))} - self.fetched
+                blocks = set(range(part.start // BLOCK_BYTES, -(-part.stop // BLOCK_BYTES))) - self.fetched
                 self.requests += bool(blocks)
                 self.fetched |= blocks
         return plan

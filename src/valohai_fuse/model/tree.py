@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NewType, overload
 
-from valohai_fuse.model.manifest import InputSpan, Manifest
+from valohai_fuse.model.manifest import UNKNOWN, InputSpan, Manifest
 from valohai_fuse.model.names import COMPONENT_BYTES_MAX, UNSAFE_COMPONENTS, below_input, printable, refusal
 from valohai_fuse.model.notices import Notices
 
@@ -29,7 +29,6 @@ ROOT = Inode(1)
 
 NO_INDEX = -1
 """`file_index` of what the manifest does not name: directories, and files that are only on the disk."""
-_UNKNOWN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,8 @@ class Tree:
         self._local_mtimes_ns = columns.local_mtimes_ns
         self._children: dict[int, Children] = {}
         self._files = self.inode_count - len(self._entries)
-        self._unknown_size_files = self._sizes.count(_UNKNOWN)
-        self._bytes_known = sum(self._sizes) - _UNKNOWN * self._unknown_size_files
+        self._unknown_size_files = self._sizes.count(UNKNOWN)
+        self._bytes_known = sum(self._sizes) - UNKNOWN * self._unknown_size_files
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -149,7 +148,7 @@ class Tree:
     def size(self, inode: Inode) -> int | None:
         """Bytes of a file; None: not known yet. 0 for a directory."""
         size = self._sizes[inode]
-        return None if size == _UNKNOWN else size
+        return None if size == UNKNOWN else size
 
     def set_size(self, inode: Inode, size: int) -> None:
         """Makes the size of a file known, in bytes. Raises ValueError for a directory or a negative size."""
@@ -157,7 +156,7 @@ class Tree:
             raise ValueError(f"inode {inode} cannot have the size {size}")
         before = self._sizes[inode]
         self._sizes[inode] = size
-        if before == _UNKNOWN:
+        if before == UNKNOWN:
             self._unknown_size_files -= 1
             before = 0
         self._bytes_known += size - before

@@ -5,8 +5,8 @@ Start with `Sandbox` (in this process) or `RemoteSandbox` (a process of its own)
 """
 
 from valohai_fuse.sandbox.content import ramp
-from valohai_fuse.sandbox.dataset import ABSENT, SandboxFile, SandboxInput
+from valohai_fuse.sandbox.dataset import ABSENT, InputSpec, SandboxFile, SandboxInput
 from valohai_fuse.sandbox.remote import RemoteSandbox
 from valohai_fuse.sandbox.valohai import Sandbox
 
-__all__ = ["ABSENT", "RemoteSandbox", "Sandbox", "SandboxFile", "SandboxInput", "ramp"]
+__all__ = ["ABSENT", "InputSpec", "RemoteSandbox", "Sandbox", "SandboxFile", "SandboxInput", "ramp"]

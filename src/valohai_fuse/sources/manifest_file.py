@@ -20,8 +20,9 @@ import msgspec
 import yaml
 
 from valohai_fuse.errors import ConfigurationError
-from valohai_fuse.model import manifest
-from valohai_fuse.model.manifest import ON_DEMAND, InputPart, Manifest
+from valohai_fuse.model import manifest_json
+from valohai_fuse.model.manifest import ON_DEMAND, SIZE_BYTES_MAX, Manifest
+from valohai_fuse.model.manifest_json import InputPart
 
 _BOM = b"\xef\xbb\xbf"
 _COPY_BYTES = 4 * 1024 * 1024
@@ -48,14 +49,14 @@ def load(config_dir: str, inputs: Sequence[str] | None = None, *, spool_dir: str
     JSON path) and UsageError (no such input).
     """
     source = _read_source(config_dir, spool_dir)
-    parts = manifest.split(source.data, origin=source.origin, wanted=inputs)
+    parts = manifest_json.split(source.data, origin=source.origin, wanted=inputs)
     origin, mtime_ns = source.origin, source.mtime_ns
     spool_fd = _spool(lambda: (memoryview(part.files) for part in parts), spool_dir)
     try:
         data = _mapped(spool_fd)
         starts = _moved(parts, data)
         del source  # and with it the map of the whole file: its pages are not needed beside those of the spool
-        return manifest.assemble(
+        return manifest_json.assemble(
             starts,
             data,
             origin=origin,
@@ -74,7 +75,7 @@ def list_inputs(config_dir: str, inputs: Sequence[str] | None = None) -> list[In
     Checks the shape, sizes and intents, no names. Raises as `load` does.
     """
     source = _read_source(config_dir, None)
-    parts = manifest.split(source.data, origin=source.origin, wanted=inputs)
+    parts = manifest_json.split(source.data, origin=source.origin, wanted=inputs)
     return [_summary(part, source.origin) for part in parts]
 
 
@@ -108,18 +109,20 @@ def _summary(part: InputPart, origin: str) -> InputSummary:
         input_id=part.input_id,
         files=len(files),
         on_demand_files=sum(file.download_intent == ON_DEMAND for file in files),
-        bytes_known=sum(int(file.size) for file in files if file.size and 0 < file.size <= manifest.SIZE_BYTES_MAX),
+        bytes_known=sum(int(file.size) for file in files if file.size and 0 < file.size <= SIZE_BYTES_MAX),
     )
 
 
 def _briefs_one_by_one(part: InputPart, origin: str) -> list[_Brief]:
     """Raises what is wrong with the path of the file that it is wrong with, which the decoder of a list does not say."""
     briefs = []
-    for position, raw in enumerate(manifest.files_of(part, origin=origin)):
+    for position, raw in enumerate(manifest_json.files_of(part, origin=origin)):
         try:
             briefs.append(_decode_brief(raw))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise manifest.invalid(origin, f"{manifest.json_path(part.name)}.files[{position}]", error) from None
+            raise manifest_json.invalid(
+                origin, f"{manifest_json.json_path(part.name)}.files[{position}]", error
+            ) from None
     return briefs
 
 
