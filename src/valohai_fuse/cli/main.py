@@ -101,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     except ValohaiFuseError as error:
         output.error(error.message, error.hint)
         return exit_code_of(error)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click makes the latter, and nothing else, of the former
         return EXIT_BROKEN_PIPE  # whoever read our output has had enough (`| head`)
     except Exception as error:  # noqa: BLE001 - the last edge
         return _internal(error)
