@@ -52,11 +52,13 @@ class Seen:
         return int(self.metrics.get("read_errors", 0) + self.metrics.get("handler_errors", 0))
 
 
-def look(runtime: RuntimeDir) -> list[Seen]:
-    """All mounts of the runtime directory, and those of the kernel's table that no record tells of."""
+def look(settings: Settings) -> list[Seen]:
+    """All mounts of the runtime directory, and those in the inputs directory that no record tells of."""
     in_table = {entry.mountpoint: entry for entry in table.entries() if entry.is_ours}
-    seen = [_look_at(record, in_table.pop(record.mountpoint, None)) for record in runtime.records()]
-    for place in in_table:
+    records = RuntimeDir(settings.runtime_dir).records()
+    seen = [_look_at(record, in_table.pop(record.mountpoint, None)) for record in records]
+    base = table.resolve(settings.inputs_dir)
+    for place in (place for place in in_table if place == base or place.startswith(base + "/")):
         alive = table.answers(place, timeout_s=1.0)
         state = {True: "mounted", False: "dead", None: "silent"}[alive]
         seen.append(Seen(place, (), as_root=False, state=state))
@@ -196,8 +198,7 @@ def _reading(entry: Any) -> str:
 @click.option("--watch", is_flag=True, help="Go on showing it, with bars, until Ctrl-C.")
 def status(settings: Settings, for_programs: bool, watch: bool) -> int:
     """Shows; 0 unless something is dead or silent, then 1."""
-    runtime = RuntimeDir(settings.runtime_dir)
-    first = look(runtime)
+    first = look(settings)
     if for_programs and not watch:
         output.data_json({"mounts": [as_json(one) for one in first]})
         return _code(first)
@@ -205,9 +206,9 @@ def status(settings: Settings, for_programs: bool, watch: bool) -> int:
         output.say("nothing is mounted")
         return 0
     if watch:
-        return _watch(runtime, first, for_programs=for_programs)
+        return _watch(settings, first, for_programs=for_programs)
     time.sleep(SAMPLE_S)
-    now = with_rates(first, look(runtime))
+    now = with_rates(first, look(settings))
     _console().print(_table(now))
     for one in now:
         if one.state in {"dead", "silent"}:
@@ -232,7 +233,7 @@ def _console() -> Any:
     return Console(no_color=not output.has_color(sys.stdout), highlight=False, width=width)
 
 
-def _watch(runtime: RuntimeDir, before: list[Seen], *, for_programs: bool) -> int:
+def _watch(settings: Settings, before: list[Seen], *, for_programs: bool) -> int:
     """Until Ctrl-C, which is how it is meant to end."""
     import json
 
@@ -242,13 +243,13 @@ def _watch(runtime: RuntimeDir, before: list[Seen], *, for_programs: bool) -> in
         if for_programs:
             while True:
                 time.sleep(WATCH_S)
-                now = with_rates(before, look(runtime))
+                now = with_rates(before, look(settings))
                 output.data(json.dumps({"mounts": [as_json(one) for one in now]}))
                 before = now
         with Live(_live(before), console=_console(), auto_refresh=False) as live:
             while True:
                 time.sleep(WATCH_S)
-                now = with_rates(before, look(runtime))
+                now = with_rates(before, look(settings))
                 live.update(_live(now), refresh=True)
                 before = now
     except KeyboardInterrupt:
