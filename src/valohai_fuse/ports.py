@@ -95,7 +95,10 @@ class UrlSource(Protocol):
 class Renewal(Protocol):
     """One answer of a UrlSource; kept by the leases until the next one replaces it."""
 
-    minted_at_s: float
+    @property
+    def minted_at_s(self) -> float:
+        """When the answer came, by the wall clock."""
+        ...
 
     def url_for(self, file: FileRef) -> str | None:
         """The signed URL of `file` in this answer; None when the answer does not hold it."""

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from support.fake_store import FakeBlockStore
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
-from valohai_fuse.ports import ABSENT, COLD, FOREIGN, BlockStore, NotHere, ObjectKey, Version
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, split_by_segment
+from valohai_fuse.ports import ABSENT, COLD, FOREIGN, BlockStore, FetchOrder, Lease, NotHere, ObjectKey, Version
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.segments import SegmentStore
 
@@ -36,12 +36,10 @@ class RealRig:
         self.store: BlockStore = self.real
 
     def land(self, key: ObjectKey, offset: int, data: bytes, version: Version) -> None:
-        while data:
-            index = offset // SEGMENT_BYTES
-            here = min(len(data), (index + 1) * SEGMENT_BYTES - offset)
-            with SegmentWriter(self.store.segment_path(key, offset), key, index, version) as writer:
-                writer.land(offset, data[:here])
-            offset, data = offset + here, data[here:]
+        for part in split_by_segment(Extent(offset, offset + len(data))):
+            path, index = self.store.segment_path(key, part.start), part.start // SEGMENT_BYTES
+            with SegmentWriter(path, key, index, version) as writer:
+                writer.land(part.start, data[part.start - offset : part.stop - offset])
 
 
 class MemoryRig(RealRig):
@@ -58,8 +56,9 @@ class FakeRig:
         self.store: BlockStore = self.fake
 
     def land(self, key: ObjectKey, offset: int, data: bytes, version: Version) -> None:
-        self.store.segment_path(key, offset)
-        self.fake.land(key, offset, data, version)
+        for part in split_by_segment(Extent(offset, offset + len(data))):
+            order = FetchOrder(key, part, Lease("https://store/x"), None, self.store.segment_path(key, part.start))
+            self.fake.land_order(order, part.start, data[part.start - offset : part.stop - offset], version)
 
 
 @pytest.fixture(params=["disk", "memory", "fake"])

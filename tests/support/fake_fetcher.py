@@ -3,8 +3,9 @@
 `tests/contracts/test_fetcher.py` runs the same suite on this and on the worker pool, so that what the engine is proven
 against is what it meets. Time is trio's: under `MockClock(autojump_threshold=0)` a latency costs nothing.
 
-Each order takes the next `Script` of its object's queue, or `default` when that is empty. Where bytes go is the caller's
-`land(order, offset, data, version)`: pass what fits the store of the test. A block is reported only after it was landed.
+Each order takes, when it gets a connection, the next `Script` of its object's queue, or `default` when that is empty. Where
+bytes go is the caller's `land(order, offset, data, version)`: pass what fits the store of the test. A block is reported only
+after it was landed.
 """
 
 from __future__ import annotations
@@ -84,13 +85,12 @@ class FakeFetcher:
         if not len(order.extent):
             raise ValueError("an order without bytes")
         self.orders.append(order)
-        queue = self._scripts[order.key.stable_id]
-        script = queue.popleft() if queue else self.default
         priority = order.priority
         try:
             await self._admitted(order)
             try:
-                return await self._carry_out(order, script, landed)
+                queue = self._scripts[order.key.stable_id]
+                return await self._carry_out(order, queue.popleft() if queue else self.default, landed)
             finally:
                 self.active -= 1
                 self._active_ahead -= priority is Priority.AHEAD

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import click
 import msgspec
@@ -85,19 +85,11 @@ def _settings_for(settings: Settings, directory: str, sandbox: RemoteSandbox, *,
 def _show(settings: Settings, directory: str) -> None:
     with RemoteSandbox(root=os.path.join(directory, "valohai")) as sandbox:
         own = _settings_for(settings, directory, sandbox, keep=False)
-        plan = _plan(own)
-        running = starting.start(plan, with_lifeline=True)
-        try:
-            _tour(sandbox, own, plan)
+        with _Mounted(own, keep=False) as mounted:
+            _tour(sandbox, own, mounted)
             _title("Unmount")
-        finally:
-            running.stop()
-            running.process.wait()
         output.data(f"$ ls {own.inputs_dir}")
-        output.data(
-            "".join(f"{name}\n" for name in os.listdir(own.inputs_dir))
-            + "(nothing: the mounts and their directories are gone)"
-        )
+        _clip(os.listdir(own.inputs_dir) or ["(nothing: the mounts and their directories are gone)"])
 
 
 def _show_and_keep(settings: Settings, runtime: RuntimeDir, directory: str) -> None:
@@ -105,23 +97,16 @@ def _show_and_keep(settings: Settings, runtime: RuntimeDir, directory: str) -> N
     sandbox.start()
     try:
         own = _settings_for(settings, directory, sandbox, keep=True)
-        plan = _plan(own)
-        running = starting.start(plan, with_lifeline=False)
-        try:
-            _tour(sandbox, own, plan)
+        with _Mounted(own, keep=True) as mounted:
+            _tour(sandbox, own, mounted)
             kept = Kept(
                 sandbox_pid=sandbox.pid,
                 sandbox_start=process_start(sandbox.pid) or 0,
                 directory=directory,
-                mountpoints=tuple(planned.spec.mountpoint for planned in plan.mounts),
+                mountpoints=tuple(planned.spec.mountpoint for planned in mounted.plan.mounts),
             )
             _write(runtime, kept)
-        except BaseException:
-            running.hasten()
-            running.process.wait()
-            raise
         sandbox.detach()
-        running.let_go()
     finally:
         sandbox.close()
     _title("It is still mounted")
@@ -129,6 +114,39 @@ def _show_and_keep(settings: Settings, runtime: RuntimeDir, directory: str) -> N
     output.data("how it is doing  valohai-fuse status --watch")
     output.data(f"what is known    valohai-fuse info {own.inputs_dir}/{CSV_INPUT}/{CSV_NAME}")
     output.data("stop             valohai-fuse demo --stop")
+
+
+class _Mounted:
+    """The demo's inputs, mounted; on leaving unmounted, unless they are to be kept and nothing went wrong."""
+
+    def __init__(self, settings: Settings, *, keep: bool) -> None:
+        self._settings = settings
+        self._keep = keep
+
+    def __enter__(self) -> Self:
+        self._mount()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._keep and kind is None:
+            self._running.let_go()
+        else:
+            self._unmount()
+
+    def _mount(self) -> None:
+        self.plan = _plan(self._settings)
+        self._running = starting.start(self.plan, with_lifeline=not self._keep)
+
+    def _unmount(self) -> None:
+        if self._keep:
+            self._running.hasten()
+        self._running.stop()
+        self._running.process.wait()
+
+    def remount(self) -> None:
+        """New daemons, that know nothing but what is on the disk."""
+        self._unmount()
+        self._mount()
 
 
 def _plan(settings: Settings) -> Plan:
@@ -140,12 +158,12 @@ def _plan(settings: Settings) -> Plan:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def _tour(sandbox: RemoteSandbox, settings: Settings, plan: Plan) -> None:
+def _tour(sandbox: RemoteSandbox, settings: Settings, mounted: _Mounted) -> None:
     inputs = settings.inputs_dir
     table_file = os.path.join(inputs, CSV_INPUT, CSV_NAME)
     large_file = os.path.join(inputs, CHECKPOINT_INPUT, CHECKPOINT_NAME)
     _title("A local Valohai is up, and its inputs are mounted. Nothing has been downloaded")
-    for planned in plan.mounts:
+    for planned in mounted.plan.mounts:
         output.data(f"  {planned.spec.inputs[0]:<14} {planned.spec.mountpoint}")
     _run("find", inputs, "-maxdepth", "3")
     _run("ls", "-l", os.path.dirname(table_file), os.path.dirname(large_file))
@@ -168,14 +186,15 @@ def _tour(sandbox: RemoteSandbox, settings: Settings, plan: Plan) -> None:
         f"The store refused the old URL; {sandbox.statistics()['renewals'] - renewals} renewal, and the read never noticed."
     )
 
-    _title("The store is switched off. What was read is still there")
+    _title("The store is switched off, and everything is unmounted and mounted anew. What was read is still there")
     sandbox.stop_store()
     try:
+        mounted.remount()
         _run("head", "-n", "4", table_file)
         _read(table_file, _EXPIRED_OFFSET, 64, "the same place again")
     finally:
         sandbox.start_store()
-    output.data("Both came out of the cache.")
+    output.data("Both came out of the cache on the disk.")
 
 
 def _title(text: str) -> None:
@@ -256,6 +275,8 @@ def _stop(runtime: RuntimeDir) -> int:
         return 0
     for record in runtime.records():
         if record.mountpoint in kept.mountpoints:
+            with contextlib.suppress(OSError):
+                os.unlink(record.log_path)
             output.say(
                 f"{record.mountpoint}: {unmounting.take_down(runtime, unmounting.Target(record.mountpoint, record))}"
             )

@@ -55,6 +55,7 @@ class Verb(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The verb's own flags first, then those of the table."""
+        formatter.write_paragraph()
         with formatter.section("Example"):
             for line in self.example.splitlines():
                 formatter.write_text(line)

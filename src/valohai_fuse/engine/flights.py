@@ -62,6 +62,11 @@ class Flight:
         """Trio time until which somebody waits; in the past when nobody does."""
         self.scope = trio.CancelScope()
 
+    @property
+    def coming(self) -> Extent:
+        """What has not landed yet."""
+        return Extent(self.landed, self.extent.stop)
+
     async def wait_landed(self, upto: int, deadline: float) -> None:
         """Until everything of the flight below `upto` has landed. Raises the flight's ReadError when it ended before.
 
@@ -148,8 +153,9 @@ class Flights:
                 self._nursery.start_soon(self._run, flight)
 
     def covering(self, obj: RemoteObject, extent: Extent) -> list[Flight]:
-        """The flights that hold at least one byte of `extent`."""
-        return [flight for flight in obj.flights if flight.extent.overlaps(extent)]
+        """The flights that still bring at least one byte of `extent`. What has landed is the store's: should it be gone
+        again, it is fetched anew, also while the flight that brought it goes on."""
+        return [flight for flight in obj.flights if flight.coming.overlaps(extent)]
 
     def abandon(self, obj: RemoteObject) -> None:
         """Nobody has the object open: flights that nobody waits for and that are far from their end are cancelled."""
@@ -159,10 +165,10 @@ class Flights:
 
     def _gaps(self, obj: RemoteObject, wanted: Extent) -> Iterator[Extent]:
         start = wanted.start
-        for flight in sorted(self.covering(obj, wanted), key=lambda flight: flight.extent.start):
-            if flight.extent.start > start:
-                yield Extent(start, flight.extent.start)
-            start = max(start, flight.extent.stop)
+        for coming in sorted(flight.coming for flight in self.covering(obj, wanted)):
+            if coming.start > start:
+                yield Extent(start, coming.start)
+            start = max(start, coming.stop)
         if start < wanted.stop:
             yield Extent(start, wanted.stop)
 

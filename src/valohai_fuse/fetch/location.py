@@ -32,6 +32,12 @@ def origin(url: bytes) -> bytes:
     return match[0].lower() if match else b""
 
 
+def target(url: bytes) -> bytes:
+    """Path and query as they stand in the URL: what belongs into the request line."""
+    rest = url[len(origin(url)) :].partition(b"#")[0]
+    return rest if rest.startswith(b"/") else b"/" + rest
+
+
 def followed(url: bytes, location: bytes) -> bytes:
     """Where an answer of `url` with this Location leads, byte for byte where it is absolute.
 

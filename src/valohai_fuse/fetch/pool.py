@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
-_WARM_BONUS = 2
+_WARM_BONUS = 4
 """How many more orders a worker may have under way than another and still get one for its idle connection."""
 _CA_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine, Arch
@@ -61,6 +61,7 @@ class _Ticket:
 
     id: int
     order: FetchOrder
+    framed: bytes = field(repr=False)
     landed: Callable[[Landed], None]
     priority: Priority
     origin: str
@@ -148,7 +149,9 @@ class WorkerPool:
         if not len(order.extent):
             raise ValueError("an order without bytes")
         self._next_id += 1
-        ticket = _Ticket(self._next_id, order, landed, order.priority, _origin(order.lease.url))
+        # Framed here, so that what cannot be encoded is this caller's error and nobody else's.
+        framed = wire.frame(_wire_order(self._next_id, order))
+        ticket = _Ticket(self._next_id, order, framed, landed, order.priority, _origin(order.lease.url))
         if self._nursery is None:
             raise _lost("the pool is closed")
         self._waiting[ticket.priority].append(ticket)
@@ -224,7 +227,6 @@ class WorkerPool:
         )
 
     def _send(self, ticket: _Ticket, worker: _Worker) -> None:
-        order = ticket.order
         ticket.worker = worker
         worker.orders[ticket.id] = ticket
         if worker.idle_connections[ticket.origin] > 0:
@@ -232,20 +234,8 @@ class WorkerPool:
         self._active += 1
         self._active_ahead += ticket.priority is Priority.AHEAD
         self._requests += 1
-        self._metrics.count("fetch.requests")
-        worker.process.post(
-            wire.Order(
-                id=ticket.id,
-                url=order.lease.url,
-                headers=order.lease.headers,
-                stable_id=order.key.stable_id,
-                size=order.key.size,
-                start=order.extent.start,
-                stop=order.extent.stop,
-                expect_version=order.expect_version,
-                segment_path=order.segment_path,
-            )
-        )
+        self._metrics.count("fetches")
+        worker.process.post(ticket.framed)
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 
@@ -295,10 +285,10 @@ class WorkerPool:
 
     def _count(self, fetched_bytes: int, *, new_connection: bool) -> None:
         if fetched_bytes > 0:
-            self._metrics.count("fetch.bytes", fetched_bytes)
+            self._metrics.count("fetched_bytes", fetched_bytes)
         if new_connection:
             self._connections_new += 1
-            self._metrics.count("fetch.connections_new")
+            self._metrics.count("connections_opened")
 
     def _conclude(self, ticket: _Ticket, result: Fetched | BaseException) -> None:
         """Frees what an order under way holds, and passes it on to the next."""
@@ -328,7 +318,7 @@ class WorkerPool:
 
     def _cancel(self, ticket: _Ticket, reason: BaseException) -> None:
         assert ticket.worker is not None
-        ticket.worker.process.post(wire.Cancel(id=ticket.id))
+        ticket.worker.process.post(wire.frame(wire.Cancel(id=ticket.id)))
         self._conclude(ticket, reason)
 
     # --- the workers' lives -------------------------------------------------------------------------------------------
@@ -344,7 +334,7 @@ class WorkerPool:
             return
         worker = _Worker(process, idle_since_s=trio.current_time())
         self._workers.append(worker)
-        self._metrics.gauge("fetch.workers", len(self._workers))
+        self._metrics.gauge("workers", len(self._workers))
         if len(self._workers) > 1:
             self._several_workers.set()
         self._nursery.start_soon(self._serve, worker)
@@ -358,8 +348,8 @@ class WorkerPool:
     def _bury(self, worker: _Worker) -> None:
         if worker in self._workers:  # not one that was closed for idleness
             self._workers.remove(worker)
-            self._metrics.gauge("fetch.workers", len(self._workers))
-        if worker.orders:
+            self._metrics.gauge("workers", len(self._workers))
+        if worker.orders and self._nursery is not None:
             _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.orders))
         for ticket in list(worker.orders.values()):
             self._conclude(ticket, _lost("the worker process died"))
@@ -374,7 +364,7 @@ class WorkerPool:
                 if len(self._workers) > 1:
                     self._workers.remove(worker)
                     worker.process.close()
-            self._metrics.gauge("fetch.workers", len(self._workers))
+            self._metrics.gauge("workers", len(self._workers))
             if len(self._workers) <= 1:
                 self._several_workers = trio.Event()
 
@@ -406,6 +396,20 @@ def system_ca_file() -> str | None:
     except ImportError:
         return None
     return certifi.where()
+
+
+def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:
+    return wire.Order(
+        id=order_id,
+        url=wire.name_bytes(order.lease.url),
+        headers=tuple((wire.name_bytes(name), wire.name_bytes(value)) for name, value in order.lease.headers),
+        stable_id=wire.name_bytes(order.key.stable_id),
+        size=order.key.size,
+        start=order.extent.start,
+        stop=order.extent.stop,
+        expect_version=order.expect_version,
+        segment_path=os.fsencode(order.segment_path),
+    )
 
 
 def _origin(url: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import trio
 
-from valohai_fuse.fetch.wire import Configure, Deframer, ToPool, ToWorker, frame, to_pool_decoder
+from valohai_fuse.fetch.wire import Configure, Deframer, ToPool, frame, to_pool_decoder
 from valohai_fuse.settings import child_environment
 
 _RECEIVE_BYTES = 256 * 1024
@@ -45,17 +45,16 @@ class WorkerProcess:
         self._socket = ours
         self._backlog = bytearray()
         self._backlog_grew = trio.Event()
-        self.post(configure)
+        self.post(frame(configure))
 
     @property
     def pid(self) -> int:
         """The process id, for the log and for tests."""
         return self._process.pid
 
-    def post(self, message: ToWorker) -> None:
-        """Sends the message now or as soon as the socket takes it. To a worker that is gone: nothing happens here, `serve`
-        notices."""
-        data = frame(message)
+    def post(self, data: bytes) -> None:
+        """Sends a framed message now or as soon as the socket takes it. To a worker that is gone: nothing happens here,
+        `serve` notices."""
         if not self._backlog:
             try:
                 data = data[self._socket.send(data) :]

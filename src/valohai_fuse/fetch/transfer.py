@@ -11,6 +11,7 @@ Invariants: nothing is landed before `response.accept` said yes; bytes land in a
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -19,7 +20,7 @@ import pycurl
 
 from valohai_fuse.fetch import location, response
 from valohai_fuse.fetch.response import Body, Head, Rejected
-from valohai_fuse.fetch.wire import Failed, Landed, Order
+from valohai_fuse.fetch.wire import Failed, Landed, Order, text
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
@@ -45,6 +46,9 @@ class Landing(Protocol):
 
 OpenLanding = Callable[[str, ObjectKey, int, str], Landing]
 """(path, key, segment index, version) -> where the blocks go. Raises OSError."""
+
+_OWN_HEADERS: Final = frozenset({b"range", b"accept-encoding"})
+"""Ours whatever the lease says."""
 
 _CURL_KINDS: Final = {
     pycurl.E_UNSUPPORTED_PROTOCOL: FailureKind.PROTOCOL,  # our own schemes are checked: an answer in HTTP/0.9
@@ -75,9 +79,13 @@ class Transfer:
         """Raises Rejected where the order cannot even be sent."""
         self.order = order
         self.curl = curl
-        self.url = location.checked(order.url.encode("utf-8", "surrogateescape"))
+        self.url = location.checked(order.url)
         self.fetched_bytes = 0
+        """Of all bodies, redirects' included."""
         self.connections_new = 0
+        self.single_use = False
+        """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
+        so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
         """When the store last sent anything; a stall is counted from here."""
@@ -94,6 +102,7 @@ class Transfer:
         self._pending_bytes = 0
         self._landed_upto = order.start
         self._body: Body | None = None
+        self._body_bytes = 0
         self._skip_left_bytes = 0
         self._error_body = b""
 
@@ -107,9 +116,13 @@ class Transfer:
         order = self.order
         headers = [f"Range: bytes={order.start}-{order.stop - 1}".encode(), b"Accept-Encoding: identity"]
         if location.origin(self.url) == self._lease_origin:
-            headers += [_header_line(name, value) for name, value in order.headers]
+            headers += [_header_line(name, value) for name, value in order.headers if name.lower() not in _OWN_HEADERS]
         curl = self.curl
         curl.setopt(pycurl.URL, self.url)
+        if not self.url.isascii():
+            self.single_use = True
+        if self.single_use:
+            curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
         curl.setopt(pycurl.HTTPHEADER, headers)
         curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
         curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
@@ -130,6 +143,7 @@ class Transfer:
         self._head_lines.clear()
         self._incoming.clear()
         self._error_body = b""
+        self._body_bytes = 0
         return True
 
     # --- the answer ---------------------------------------------------------------------------------------------------
@@ -165,7 +179,7 @@ class Transfer:
     @property
     def surplus(self) -> bool:
         """Whether the extent has landed and more of the body is to come that nobody wants."""
-        return self.complete and self._body is not None and self.fetched_bytes < self._body.total_bytes
+        return self.complete and self._body is not None and self._body_bytes < self._body.total_bytes
 
     def finish(self, now_s: float) -> Landed | None:
         """The body has ended as HTTP has it. Lands the rest; raises Rejected if it is not the whole of it."""
@@ -177,10 +191,15 @@ class Transfer:
             head = self._read_head()
             code = response.error_code(self._error_body)
             raise Rejected(response.status_kind(head.status), f"HTTP {head.status}" + (f" {code}" if code else ""))
-        if self.fetched_bytes != body.total_bytes:
+        if self._body_bytes != body.total_bytes:
             kind = FailureKind.CHANGED if body.hold else FailureKind.TRANSIENT
-            raise Rejected(kind, f"the body ended after {self.fetched_bytes} of {body.total_bytes} bytes")
+            raise Rejected(kind, f"the body ended after {self._body_bytes} of {body.total_bytes} bytes")
         body.hold = False
+        due = self._due_bytes()
+        return self._land(due, now_s) if due else None
+
+    def salvage(self, now_s: float) -> Landed | None:
+        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again. Raises OSError."""
         due = self._due_bytes()
         return self._land(due, now_s) if due else None
 
@@ -191,10 +210,10 @@ class Transfer:
             return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
         if self._head_lines and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")
-        text = _CURL_TEXTS.get(code, f"curl error {code}")
+        words = _CURL_TEXTS.get(code, f"curl error {code}")
         if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
-            text += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
-        return Rejected(_CURL_KINDS.get(code, FailureKind.TRANSIENT), text)
+            words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
+        return Rejected(_CURL_KINDS.get(code, FailureKind.TRANSIENT), words)
 
     def failed(self, rejected: Rejected) -> Failed:
         """The message that ends this order."""
@@ -252,11 +271,12 @@ class Transfer:
         self._incoming.clear()
         arrived_bytes = sum(map(len, chunks))
         self.fetched_bytes += arrived_bytes
+        self._body_bytes += arrived_bytes
         body = self._body
         if body is None:
             self._take_error(chunks)
             return
-        if self.fetched_bytes > body.total_bytes:
+        if self._body_bytes > body.total_bytes:
             kind = FailureKind.CHANGED if body.hold else FailureKind.PROTOCOL
             raise Rejected(kind, f"the body has more than {body.total_bytes} bytes")
         if self._skip_left_bytes:
@@ -272,7 +292,7 @@ class Transfer:
     def _take_error(self, chunks: list[bytes]) -> None:
         if len(self._error_body) < ERROR_BODY_BYTES:
             self._error_body = (self._error_body + b"".join(chunks))[:ERROR_BODY_BYTES]
-        if self.fetched_bytes > ERROR_BODY_BYTES_MAX:
+        if self._body_bytes > ERROR_BODY_BYTES_MAX:
             status = self._read_head().status
             raise Rejected(response.status_kind(status), f"HTTP {status} with a long body")
 
@@ -294,9 +314,11 @@ class Transfer:
     def _land(self, due_bytes: int, now_s: float) -> Landed:
         order = self.order
         if self._landing is None:
-            key = ObjectKey(order.stable_id, order.size)
+            key = ObjectKey(text(order.stable_id), order.size)
             try:
-                self._landing = self._open_landing(order.segment_path, key, order.start // SEGMENT_BYTES, self.version)
+                self._landing = self._open_landing(
+                    os.fsdecode(order.segment_path), key, order.start // SEGMENT_BYTES, self.version
+                )
             except ValueError:  # the format bounds what it stores
                 raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
         data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
@@ -308,10 +330,10 @@ class Transfer:
         return Landed(id=order.id, upto=self._landed_upto, version=self.version)
 
 
-def _header_line(name: str, value: str) -> bytes:
-    if any(c in name + value for c in "\r\n\0") or not name or ":" in name:
+def _header_line(name: bytes, value: bytes) -> bytes:
+    if any(c in name + value for c in b"\r\n\0") or not name or b":" in name:
         raise Rejected(FailureKind.FORBIDDEN, "a header of the lease is not one line")
-    return (f"{name}: {value}" if value else f"{name};").encode()
+    return name + b": " + value if value else name + b";"
 
 
 def first_byte_s(curl: pycurl.Curl) -> float:

@@ -35,17 +35,21 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):
-    """`ports.FetchOrder`, flat. Not to be printed: it holds a signed URL."""
+    """`ports.FetchOrder`, flat. Not to be printed: it holds a signed URL.
+
+    Names are bytes, because JSON can spell lone surrogates, which msgpack's strings cannot hold; `text` and `name_bytes`
+    translate.
+    """
 
     id: int
-    url: str
-    headers: tuple[tuple[str, str], ...]
-    stable_id: str
+    url: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    stable_id: bytes
     size: int
     start: int
     stop: int
     expect_version: str | None
-    segment_path: str
+    segment_path: bytes
 
     def __repr__(self) -> str:
         return f"Order(id={self.id}, start={self.start}, stop={self.stop})"
@@ -99,6 +103,16 @@ ToPool = Ready | Landed | Done | Failed
 _encoder = msgspec.msgpack.Encoder()
 to_worker_decoder: Final = msgspec.msgpack.Decoder(ToWorker)
 to_pool_decoder: Final = msgspec.msgpack.Decoder(ToPool)
+
+
+def name_bytes(text: str) -> bytes:
+    """Any str as bytes; UTF-8 for everything that has it."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def text(name: bytes) -> str:
+    """The reverse of `name_bytes`."""
+    return name.decode("utf-8", "surrogatepass")
 
 
 def frame(message: ToWorker | ToPool) -> bytes:

@@ -253,6 +253,10 @@ class Worker:
         self._post(done)
 
     def _fail(self, transfer: Transfer, rejected: Rejected) -> None:
+        if rejected.kind is FailureKind.TRANSIENT:
+            with contextlib.suppress(Rejected, OSError):  # the order fails anyway, for the first reason
+                if (landed := transfer.salvage(time.monotonic())) is not None:
+                    self._post(landed)
         failed = transfer.failed(rejected)
         self._release(transfer)
         self._post(failed)
@@ -262,7 +266,10 @@ class Worker:
         del self._transfers[transfer.order.id]
         del self._by_curl[transfer.curl]
         self._multi.remove_handle(transfer.curl)
-        self._idle_curls.append(transfer.curl)
+        if transfer.single_use:
+            transfer.curl.close()
+        else:
+            self._idle_curls.append(transfer.curl)
         with contextlib.suppress(OSError):  # what landed is verified by whoever reads it
             transfer.close()
 

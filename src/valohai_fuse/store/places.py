@@ -64,6 +64,11 @@ class Places:
             self._opened.clear()
             self._memory.clear()
 
+    def forget_files(self) -> None:
+        """Gives back the descriptors of files, as `close`; what is still there is opened again when it is asked for."""
+        with self._lock:
+            self._opened.clear()
+
     def counts(self) -> tuple[int, int, int]:
         """Open files, segments in memory, and the bytes that the latter take when full."""
         with self._lock:
@@ -125,7 +130,7 @@ class Places:
                 if opened.file_id == (found.st_dev, found.st_ino):
                     return opened
             opened = self._open(path, place)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._forget(place)
             return None
         with self._lock:

@@ -284,7 +284,7 @@ class SegmentStore:
                 self._prepare()
                 self._make_fan_out(os.path.dirname(path))
             except (OSError, ConfigurationError) as error:
-                self._health.failed(_reason(error))
+                self._disk_refused(_reason(error))
             else:
                 return path
         try:
@@ -295,10 +295,14 @@ class SegmentStore:
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
         """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
+        self._places.fault((key, offset // SEGMENT_BYTES))
+        self._disk_refused(detail)
+
+    def _disk_refused(self, detail: str) -> None:
+        self._health.failed(detail)
         self._prepared = False  # the directory may have been deleted under us: made again when the disk is tried again
         self._fan_out_made.clear()
-        self._places.fault((key, offset // SEGMENT_BYTES))
-        self._health.failed(detail)
+        self._places.forget_files()  # who deleted files to make room gets it only when nobody has them open
 
     def _prepare(self) -> None:
         if not self._prepared:

@@ -1,0 +1,179 @@
+"""`scripts/bench`: sets up what is missing, runs peers interleaved on workloads, prints tables, with --write renews docs/.
+
+Results are kept in the work directory after every round, so an interrupted run loses one round, and `--write` renders all
+that is kept: {"runs", "machine", "versions", "commands", "workloads": {name: {"date", "trials": {peer: [metrics]}}}}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import fcntl
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import found, provision, report, trial
+from benchmarks.dataset import FULL, QUICK, Dataset
+from benchmarks.peers import OURS, PEERS, Peer, PeerFailedError, Place
+from benchmarks.say import say
+from benchmarks.store import REGION, Store
+from benchmarks.trial import Bench
+from benchmarks.workloads import WORKLOADS, Selection, Workload, select
+
+_QUICK_PEERS = ("valohai-fuse", "rclone", "curl", "plain")
+_WORK_DIR = Path("/var/tmp/valohai-fuse-bench")  # noqa: S108 - on a disk, shared by all checkouts; holds nothing secret
+_READS, _QUICK_READS = 2000, 64
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: scripts/bench --only seq-region,random-4k-1 --peers valohai-fuse,rclone --runs 3",
+    )
+    parser.add_argument(
+        "--only", metavar="WORKLOAD,...", help="those whose names begin with one of these; `list` lists"
+    )
+    parser.add_argument("--peers", metavar="PEER,...", help="default: all that are installed")
+    parser.add_argument("--runs", type=int, metavar="N", help="rounds per workload (default 5, with --quick 1)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few peers: does it work, not how fast is it")
+    parser.add_argument(
+        "--target", type=Path, metavar="DIR", help="read what is below DIR instead: any mount, any disk"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="renew docs/benchmarks.md, .svg and .json from all results kept"
+    )
+    parser.add_argument("--work-dir", type=Path, default=_WORK_DIR, metavar="DIR")
+    parser.add_argument("--docs-dir", type=Path, default=Path(__file__).parents[1] / "docs", metavar="DIR")
+    return parser.parse_args(argv)
+
+
+def _chosen_workloads(only: str | None) -> list[Workload]:
+    if only is None:
+        return list(WORKLOADS)
+    wanted = tuple(only.split(","))
+    chosen = [w for w in WORKLOADS if w.name.startswith(wanted)]
+    if not chosen:
+        raise SystemExit(f"error: no such workload: {only}\nhint: {', '.join(w.name for w in WORKLOADS)}")
+    return chosen
+
+
+def _chosen_peers(arguments: argparse.Namespace, tools: provision.Tools) -> list[Peer]:
+    names = arguments.peers.split(",") if arguments.peers else list(_QUICK_PEERS) if arguments.quick else None
+    unknown = set(names or ()) - {peer.name for peer in PEERS}
+    if unknown:
+        raise SystemExit(f"error: no such peer: {', '.join(sorted(unknown))}\nhint: {', '.join(p.name for p in PEERS)}")
+    chosen = [peer for peer in PEERS if names is None or peer.name in names]
+    for peer in chosen:
+        if not tools.has(peer.needs):
+            say(f"{peer.name} is left out: no {peer.needs} here")
+    return [peer for peer in chosen if tools.has(peer.needs)]
+
+
+def _measure(bench: Bench, workload: Workload, chosen: list[Peer], runs: int) -> report.Trials:
+    """Round after round, one trial of each peer; a peer that failed twice in a row is not asked again."""
+    trials: report.Trials = {peer.name: [] for peer in chosen if trial.applies(workload, peer)}
+    for number in range(runs):
+        for peer in chosen:
+            done = trials.get(peer.name)
+            if done is None or [set(t) for t in done[-2:]] == [{"error"}, {"error"}]:
+                continue
+            began_s = time.monotonic()
+            try:
+                metrics: dict[str, Any] = dict(trial.run(bench, workload, peer))
+                said = f"{metrics.get(workload.metric, 0):.4g} {workload.metric}"
+            except (PeerFailedError, OSError) as error:
+                metrics = {"error": str(error)}
+                said = f"failed: {error}"
+            done.append(metrics)
+            say(f"{workload.name} {number + 1}/{runs} {peer.name}: {said} ({time.monotonic() - began_s:.1f} s)")
+    return trials
+
+
+def _commands(bench: Bench, chosen: list[Peer]) -> dict[str, str]:
+    """Each peer's command line as it was run, with short names for what differs from machine to machine."""
+    shown = {}
+    for peer in chosen:
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name)
+            place = Place(bench.tools, bench.store, REGION, "big", bench.selection.big, root)
+            place.mountpoint.mkdir(parents=True)
+            text = " ".join(peer.command(place))
+            for long, short in ((name, "RUN"), (sys.executable, "python"), (str(bench.work), "WORK")):
+                text = text.replace(long, short)
+            shown[peer.name] = text
+    return {name: text for name, text in shown.items() if text}
+
+
+def _run_target(arguments: argparse.Namespace, bench_work: Path, chosen: list[Workload]) -> int:
+    """Measures a directory as it stands. Prints, keeps nothing."""
+    target = arguments.target.resolve()
+    selection = found.below(target, reads=_QUICK_READS if arguments.quick else _READS)
+    with Store(bench_work / "nginx", target) as store:
+        bench = Bench(provision.Tools(None, None), store, selection, {}, bench_work, arguments.quick)
+        for workload in chosen:
+            if workload.task["pattern"] == "mount" or not found.suits(workload, selection):
+                continue
+            if workload.profile is not found.representative(workload):
+                continue
+            done = [trial.run_target(bench, workload, target) for _ in range(arguments.runs)]
+            sys.stdout.write(report.text_of(workload, {str(target): [dict(m) for m in done]}) + "\n\n")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Returns 1 when a trial of ours failed, so that a quick run is a test."""
+    arguments = _arguments(argv)
+    arguments.runs = arguments.runs or (1 if arguments.quick else 5)
+    if arguments.only == "list":
+        sys.stdout.write("".join(f"{w.name:18} {w.title}\n" for w in WORKLOADS))
+        return 0
+    workloads = _chosen_workloads(arguments.only)
+    work = arguments.work_dir / ("quick" if arguments.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    with (arguments.work_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two benches at once would measure each other
+        tools = provision.provision(arguments.work_dir)
+        if arguments.target:
+            return _run_target(arguments, work, workloads)
+        return _run_peers(arguments, work, tools, workloads)
+
+
+def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools, workloads: list[Workload]) -> int:
+    chosen = _chosen_peers(arguments, tools)
+    say("making the data set")
+    dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
+    dataset.make()
+    selection: Selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
+    kept_path = work / "results.json"
+    results: dict[str, Any] = json.loads(kept_path.read_text()) if kept_path.exists() else {"workloads": {}}
+    failed = False
+    with Store(work / "nginx", dataset.root) as store:
+        bench = Bench(tools, store, selection, dataset.inputs(), work, arguments.quick)
+        commands = results.get("commands", {}) | _commands(bench, chosen)
+        results |= {"machine": provision.machine(), "versions": provision.versions(tools), "commands": commands}
+        results["runs"] = arguments.runs
+        for workload in workloads:
+            trials = _measure(bench, workload, chosen, arguments.runs)
+            if not trials:
+                continue
+            failed |= any("error" in t for t in trials.get(OURS, []))
+            kept = results["workloads"].setdefault(workload.name, {"trials": {}})
+            kept["trials"] |= trials
+            kept["date"] = dt.datetime.now(dt.UTC).date().isoformat()
+            kept_path.write_text(json.dumps(results))
+            sys.stdout.write(report.text_of(workload, trials) + "\n\n")
+            sys.stdout.flush()
+    if arguments.write:
+        for path in report.write(results, arguments.docs_dir):
+            say(f"wrote {path}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

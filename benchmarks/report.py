@@ -1,0 +1,271 @@
+"""Turns trials into what people read: medians, ratios, verdicts; a table for the terminal, a page and a picture for docs/.
+
+The page is generated from the stored results alone, so a run of a few workloads renews their rows and keeps the others.
+A trial that failed stays in the report with its reason: a peer that cannot do a thing is a result too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from benchmarks.peers import OURS, PEERS, PLAIN
+from benchmarks.workloads import UNITS, WORKLOADS, Target, Workload
+
+Trials = dict[str, list[dict[str, Any]]]
+"""Peer -> its trials of one workload: metrics, or {"error": reason}."""
+
+_KINDS = {peer.name: peer.kind for peer in PEERS}
+_CACHING = {peer.name for peer in PEERS if peer.caches}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target beside what was measured. `reached` is None where there is nothing to compare with."""
+
+    text: str
+    measured: str
+    reached: bool | None
+
+    @property
+    def mark(self) -> str:
+        """One word."""
+        return {True: "yes", False: "NO", None: "-"}[self.reached]
+
+
+def median(trials: Iterable[Mapping[str, Any]], metric: str) -> float | None:
+    """Of the trials that have it; None when none has."""
+    values = [t[metric] for t in trials if metric in t]
+    return statistics.median(values) if values else None
+
+
+def best_other(trials: Trials, metric: str, *, kind: str = "mount") -> tuple[str, float] | None:
+    """The best peer of this kind beside ours, and its median."""
+    more_is_better = UNITS[metric][1]
+    found = [
+        (name, value)
+        for name, runs in trials.items()
+        if name != OURS and _KINDS.get(name, kind) == kind and (value := median(runs, metric)) is not None
+    ]
+    if not found:
+        return None
+    return (max if more_is_better else min)(found, key=lambda pair: pair[1])
+
+
+def judge(target: Target, trials: Trials) -> Verdict:
+    """Whether ours reaches the target in these trials."""
+    unit, more_is_better = UNITS[target.metric]
+    word = "at least" if more_is_better else "at most"
+    ours = median(trials.get(OURS, []), target.metric)
+    if target.versus is None:
+        text = f"{word} {_number(target.value)} {unit}"
+        reached = None if ours is None else _reaches(ours, target.value, more_is_better)
+        return Verdict(text, "-" if ours is None else f"{_number(ours)} {unit}", reached)
+    text = f"{unit} {word} {_number(target.value)} x {target.versus}"
+    reference = _reference(target, trials)
+    if ours is None or reference is None or not reference[1]:
+        return Verdict(text, "-", None)
+    ratio = ours / reference[1]
+    return Verdict(text, f"{ratio:.2f} x {reference[0]}", _reaches(ratio, target.value, more_is_better))
+
+
+def _reference(target: Target, trials: Trials) -> tuple[str, float] | None:
+    if target.versus == "best":
+        return best_other(trials, target.metric)
+    if target.versus == "leanest cache":
+        return best_other({name: runs for name, runs in trials.items() if name in _CACHING}, target.metric)
+    value = median(trials.get(target.versus or "", []), target.metric)
+    return None if value is None else (target.versus or "", value)
+
+
+def _reaches(value: float, bound: float, more_is_better: bool) -> bool:
+    return value >= bound if more_is_better else value <= bound
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("CPU s/GiB", "cpu_s_gib"),
+    ("CPU s", "cpu_s"),
+    ("reader s", "reader_cpu_s"),
+    ("MiB", "pss_mib"),
+    ("GETs", "requests"),
+    ("conns", "connections"),
+    ("fetched/read", "amplification"),
+    ("p50 ms", "p50_ms"),
+    ("p99 ms", "p99_ms"),
+)
+
+
+def rows(workload: Workload, trials: Trials) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one workload's table, best first; failures last."""
+    unit, more_is_better = UNITS[workload.metric]
+    best = best_other(trials, workload.metric)
+    extra = [
+        c for c in _COLUMNS if c[1] != workload.metric and any(c[1] in t for runs in trials.values() for t in runs)
+    ]
+    header = ["", unit, "min-max", "x best mount", *(title for title, _ in extra)]
+    done, failed = [], []
+    for name, runs in trials.items():
+        value = median(runs, workload.metric)
+        errors = [t["error"] for t in runs if "error" in t]
+        if value is None:
+            failed.append([name, "failed", errors[0] if errors else "no trial", *[""] * (len(header) - 3)])
+            continue
+        values = [t[workload.metric] for t in runs if workload.metric in t]
+        ratio = f"{value / best[1]:.2f}" if best and best[1] else "-"
+        note = f" ({len(errors)} failed)" if errors else ""
+        shown = [_number(median(runs, metric)) for _, metric in extra]
+        row = [name + note, _number(value), f"{_number(min(values))}-{_number(max(values))}", ratio, *shown]
+        done.append((value, row))
+    done.sort(key=lambda pair: pair[0], reverse=more_is_better)
+    return header, [row for _, row in done] + failed
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Plain text, columns aligned; the first is left-aligned."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    widths = [min(width, 44) for width in widths]
+    out = []
+    for name, *cells in (header, *lines):
+        aligned = [cell[:width].rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        out.append("  ".join([name[: widths[0]].ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(out)
+
+
+def text_of(workload: Workload, trials: Trials) -> str:
+    """One workload for the terminal."""
+    parts = [f"== {workload.name}: {workload.title}", table(*rows(workload, trials))]
+    for target in workload.targets:
+        verdict = judge(target, trials)
+        if verdict.reached is not None:
+            parts.append(f"   target {verdict.text}: {verdict.measured}  [{verdict.mark}]")
+    return "\n".join(parts)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/benchmarks.md from the stored results (see `__main__` for their shape)."""
+    workloads = [w for w in WORKLOADS if w.name in results["workloads"]]
+    shown = "![the main numbers](benchmarks.svg)\n"
+    parts = [_preamble(results), shown, "## Targets\n", _targets(workloads, results)]
+    for workload in workloads:
+        entry = results["workloads"][workload.name]
+        header, lines = rows(workload, entry["trials"])
+        parts.append(f"## {workload.title}\n")
+        parts.append(f"`{workload.name}`, store {workload.profile.text}, {workload.state}, {entry['date']}.\n")
+        parts.append(_markdown(header, lines))
+    parts.append(_commands(results))
+    return "\n".join(parts)
+
+
+def _preamble(results: Mapping[str, Any]) -> str:
+    versions = "\n".join(f"- {name}: {text}" for name, text in sorted(results["versions"].items()))
+    return f"""# Benchmarks
+
+Generated by `scripts/bench --write`; do not edit. Repeat all of it with that command, a part of it with
+`scripts/bench --only seq-region,small-order-1 --runs 3`, and measure any directory with `scripts/bench --target DIR`.
+
+Medians of {results["runs"]} interleaved runs (A B C A B C ...) on {results["machine"]}. The store is nginx on loopback. Distance
+is a delay before the first byte of each response; a new connection is charged one more, over TLS two more. *Mounts* are compared
+with the best other mount; the downloads (curl, aria2c, requests, valohai-utils) fetch each file whole to the disk first and
+read it there, and no warm or random workload is theirs. `plain` is the same reads on the local directory that nginx serves.
+
+CPU is that of the mount's whole process tree (the reader's own stands apart), MiB its peak PSS, GETs, connections and bytes come
+from nginx's log. The other mounts get unsigned URLs and a listing, because none of them mounts a signed URL.
+
+{versions}
+"""
+
+
+def _targets(workloads: list[Workload], results: Mapping[str, Any]) -> str:
+    lines = []
+    for workload in workloads:
+        for target in workload.targets:
+            verdict = judge(target, results["workloads"][workload.name]["trials"])
+            lines.append([f"`{workload.name}`", verdict.text, verdict.measured, verdict.mark])
+    return _markdown(["workload", "target", "measured", "reached"], lines)
+
+
+def _commands(results: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"{name:18} {command}" for name, command in results["commands"].items())
+    return f"## Command lines\n\n```text\n{lines}\n```\n"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    out = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join(out) + "\n"
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+_PICTURED = (
+    "seq-region",
+    "seq-capped",
+    "seq-warm-dropped",
+    "random-4k-8",
+    "small-order-1",
+    "small-shuffled-8",
+    "find-cold",
+)
+_BAR_PX, _LINE_PX, _LEFT_PX, _WIDTH_PX = 14, 18, 150, 760
+_COLOURS = {"ours": "#0b6e4f", "mount": "#8a9ba8", "download": "#c9b458", "plain": "#d0d0d0"}
+
+
+def picture(results: Mapping[str, Any]) -> str:
+    """An SVG of horizontal bars, one group per workload that has a rate; longer is better."""
+    body: list[str] = []
+    y = 10
+    for workload in WORKLOADS:
+        entry = results["workloads"].get(workload.name)
+        if workload.name not in _PICTURED or entry is None:
+            continue
+        bars = [(name, value) for name, runs in entry["trials"].items() if (value := median(runs, workload.metric))]
+        if not bars:
+            continue
+        unit = UNITS[workload.metric][0]
+        body.append(f'<text x="0" y="{y + 12}" font-weight="bold">{escape(workload.title)} ({unit})</text>')
+        y += _LINE_PX + 4
+        longest = max(value for _, value in bars)
+        for name, value in sorted(bars, key=lambda pair: -pair[1]):
+            body.append(_bar(name, value, longest, y))
+            y += _LINE_PX
+        y += 14
+    style = "font-family:sans-serif;font-size:12px"
+    inside = "\n".join(body)
+    size = f'width="{_WIDTH_PX}" height="{y}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="{style};background:#fff">\n{inside}\n</svg>\n'
+
+
+def _bar(name: str, value: float, longest: float, y: int) -> str:
+    colour = _COLOURS["ours" if name == OURS else "plain" if name == PLAIN else _KINDS.get(name, "mount")]
+    width = max(1.0, value / longest * (_WIDTH_PX - _LEFT_PX - 70))
+    return (
+        f'<text x="{_LEFT_PX - 6}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
+        f'<rect x="{_LEFT_PX}" y="{y}" width="{width:.0f}" height="{_BAR_PX}" fill="{colour}"/>'
+        f'<text x="{_LEFT_PX + width + 5:.0f}" y="{y + 11}">{_number(value)}</text>'
+    )
+
+
+def write(results: Mapping[str, Any], docs: Path) -> list[Path]:
+    """The page, the picture and the numbers behind them; returns what was written."""
+    docs.mkdir(exist_ok=True)
+    written = [docs / "benchmarks.md", docs / "benchmarks.svg", docs / "benchmarks.json"]
+    written[0].write_text(page(results))
+    written[1].write_text(picture(results))
+    written[2].write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    return written

@@ -1,0 +1,420 @@
+"""The worker pool over a real store: connections, limits, priorities, cancellation, workers that die, and its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from support.fake_fetcher import ramp
+from support.fetch_rig import CONTENT, SECRET, SIZE, RecordingMetrics, Rig, landed_blocks, landed_bytes, rig
+from support.raw_store import Answer, End, Request, partial
+from valohai_fuse.errors import ConfigurationError
+from valohai_fuse.fetch.pool import WorkerPool, open_pool
+from valohai_fuse.model.extents import BLOCK_BYTES
+from valohai_fuse.ports import FailureKind, FetchFailed, FetchOrder, Landed, Priority
+
+
+def _ignore(_: Landed) -> None:
+    pass
+
+
+def _gated(gate: trio.Event) -> Answer:
+    """The whole object, once the gate is open."""
+    return [gate, partial(CONTENT, 0, SIZE)]
+
+
+async def _under_way(r: Rig, requests: int) -> None:
+    await r.store.wait_until(lambda: len(r.store.requests) >= requests)
+
+
+def test_sequential_orders_use_one_connection(tmp_path: Path) -> None:
+    """A kept connection is used again, in whichever worker it lies."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, workers=3) as r:
+            fresh = [(await r.fetch(r.order(name=f"n{i}"))).new_connection for i in range(12)]
+            assert fresh == [True] + [False] * 11
+            assert r.store.connections == 1
+            assert r.pool.statistics().connections_new == 1
+            assert r.metrics.counters["connections_opened"] == 1
+            assert r.metrics.counters["fetches"] == 12
+            assert r.metrics.counters["fetched_bytes"] == 12 * SIZE
+
+    trio.run(scenario)
+
+
+def test_connection_survives_a_refusal(tmp_path: Path) -> None:
+    """An error that is read to its end leaves the connection usable: a renewal costs no handshake."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            r.store.answers.append([b"HTTP/1.1 403 Forbidden\r\nContent-Length: 3\r\n\r\nno!"])
+            await r.failure(r.order())
+            await r.fetch(r.order())
+            assert r.store.connections == 1
+
+    trio.run(scenario)
+
+
+def test_store_that_closes_idle_connections(tmp_path: Path) -> None:
+    """A kept connection that the store has closed meanwhile is no failure."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            r.store.answers.append([partial(CONTENT, 0, SIZE), End.CLOSE])
+            await r.fetch(r.order())
+            await r.store.wait_until(lambda: r.store.open_connections == 0)
+            await r.fetch(r.order())
+            assert r.store.connections == 2
+
+    trio.run(scenario)
+
+
+def test_connections_are_bounded(tmp_path: Path) -> None:
+    """Never more requests under way than `connections`, over all workers together."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, workers=2, connections=3) as r:
+            gate = trio.Event()
+            r.store.answers.extend([_gated(gate)] * 8)
+            async with trio.open_nursery() as nursery:
+                for i in range(8):
+                    nursery.start_soon(r.fetch, r.order(name=f"n{i}"))
+                await _under_way(r, 3)
+                assert r.pool.statistics().active == 3
+                assert r.pool.statistics().waiting == 5
+                gate.set()
+            assert r.store.open_connections <= 3
+            assert r.pool.statistics().requests == 8
+
+    trio.run(scenario)
+
+
+def test_demand_overtakes_ahead(tmp_path: Path) -> None:
+    """AHEAD never takes the last connections, and a demand order that comes later goes first."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, connections=4) as r:
+            gate = trio.Event()
+            r.store.answers.extend([_gated(gate)] * 4)
+            async with trio.open_nursery() as nursery:
+                for i in range(6):
+                    nursery.start_soon(r.fetch, r.order(name=f"ahead{i}", priority=Priority.AHEAD))
+                    await trio.testing.wait_all_tasks_blocked()
+                await _under_way(r, 2)
+                assert r.pool.statistics().active_ahead == 2
+                assert r.pool.statistics().waiting == 4
+                for i in range(3):  # one more than there is room for
+                    nursery.start_soon(r.fetch, r.order(name=f"demand{i}"))
+                    await trio.testing.wait_all_tasks_blocked()
+                await _under_way(r, 4)
+                gate.set()
+            names = [request.target.split(b"?")[0].decode() for request in r.store.requests]
+            assert sorted(names[:2]) == ["/ahead0", "/ahead1"]
+            assert sorted(names[2:4]) == ["/demand0", "/demand1"]
+            assert "/demand2" in names[4:6]
+
+    trio.run(scenario)
+
+
+def test_promoted_order_stops_being_ahead(tmp_path: Path) -> None:
+    """An order that was a guess and is now waited for does not stay behind other guesses."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, connections=3) as r:
+            gate = trio.Event()
+            r.store.answers.extend([_gated(gate)] * 2)
+            orders = [r.order(name=f"ahead{i}", priority=Priority.AHEAD) for i in range(4)]
+            async with trio.open_nursery() as nursery:
+                for order in orders:
+                    nursery.start_soon(r.fetch, order)
+                    await trio.testing.wait_all_tasks_blocked()
+                await _under_way(r, 1)
+                r.pool.promote(orders[3])
+                await _under_way(r, 2)
+                assert r.store.requests[1].target.startswith(b"/ahead3")
+                r.pool.promote(orders[0])  # under way already: nothing to do
+                gate.set()
+
+    trio.run(scenario)
+
+
+def test_cancelling_frees_the_connection(tmp_path: Path) -> None:
+    """A caller that goes away ends the transfer in the store's sight, and the next order has its place at once."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, connections=1) as r:
+            r.store.answers.append([partial(CONTENT, 0, SIZE)[: 2 * BLOCK_BYTES], End.HANG])
+            cancelled = r.order(name="cancelled")
+            with trio.CancelScope() as scope:
+                await r.pool.fetch(cancelled, lambda _: scope.cancel())
+            assert scope.cancelled_caught
+            assert r.pool.statistics().active == 0
+            await r.fetch(r.order())
+            await r.store.wait_until(lambda: r.store.open_connections == 1)
+            assert list(landed_blocks(cancelled)) == [0]
+
+    trio.run(scenario)
+
+
+def test_cancelling_a_waiting_order(tmp_path: Path) -> None:
+    """An order that was never sent leaves no trace."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, connections=1) as r:
+            gate = trio.Event()
+            r.store.answers.append(_gated(gate))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(r.fetch, r.order())
+                await _under_way(r, 1)
+                with trio.move_on_after(0.02):
+                    await r.fetch(r.order(name="never"))
+                assert r.pool.statistics().waiting == 0
+                gate.set()
+            assert len(r.store.requests) == 1
+
+    trio.run(scenario)
+
+
+def test_killed_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All orders of a worker that dies fail as WORKER_LOST; the next order starts another worker and works."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            r.store.answers.extend([[End.HANG]] * 3)
+            failures: list[FetchFailed] = []
+
+            async def expect_loss(order: FetchOrder) -> None:
+                failures.append(await r.failure(order))
+
+            async with trio.open_nursery() as nursery:
+                for i in range(3):
+                    nursery.start_soon(expect_loss, r.order(name=f"n{i}"))
+                await _under_way(r, 3)
+                (pid,) = r.pool.worker_pids
+                os.kill(pid, signal.SIGKILL)
+            assert [failed.kind for failed in failures] == [FailureKind.WORKER_LOST] * 3
+            assert r.pool.statistics().workers == 0
+            order = r.order()
+            await r.fetch(order)
+            assert landed_bytes(order) == CONTENT
+            assert r.pool.worker_pids != (pid,)
+
+    trio.run(scenario)
+    assert "died with 3 orders" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_killed_idle_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that dies without orders is replaced without anyone noticing."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            await r.fetch(r.order())
+            os.kill(r.pool.worker_pids[0], signal.SIGKILL)
+            await r.metrics.wait_gauge("workers", 0)
+            await r.fetch(r.order())
+
+    trio.run(scenario)
+    assert caplog.text == ""
+
+
+def test_worker_ignores_ctrl_c(tmp_path: Path) -> None:
+    """Ctrl-C on the terminal is the daemon's business."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            await r.fetch(r.order())
+            pids = r.pool.worker_pids
+            os.kill(pids[0], signal.SIGINT)
+            await r.fetch(r.order())
+            assert r.pool.worker_pids == pids
+
+    trio.run(scenario)
+
+
+def test_nothing_secret_in_the_command_line(tmp_path: Path) -> None:
+    """A command line is world-readable: it holds neither URL nor header; the environment neither."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            await r.fetch(r.order(headers=(("X-Extra", "hush"),)))
+            process = trio.Path("/proc") / str(r.pool.worker_pids[0])
+            shown = await (process / "cmdline").read_bytes() + await (process / "environ").read_bytes()
+            assert b"valohai_fuse.fetch.worker" in shown
+            for secret in (SECRET.encode(), b"hush", r.store.url.encode()):
+                assert secret not in shown
+            order = r.order()
+            assert SECRET not in repr(order)
+
+    trio.run(scenario)
+
+
+def test_workers_follow_the_load(tmp_path: Path) -> None:
+    """One worker for one order; more when there is work for them; idle ones go, all but one."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, workers=3, idle_s=0.2) as r:
+            await r.fetch(r.order())
+            assert r.pool.statistics().workers == 1
+            gate = trio.Event()
+            r.store.answers.extend([_gated(gate)] * 12)
+            async with trio.open_nursery() as nursery:
+                for i in range(12):
+                    nursery.start_soon(r.fetch, r.order(name=f"n{i}"))
+                    await _under_way(r, i + 2)
+                assert r.pool.statistics().workers == 2
+                gate.set()
+            assert r.metrics.gauges["workers"] == 2
+            await r.metrics.wait_gauge("workers", 1)
+            assert r.pool.statistics().workers == 1
+            await r.fetch(r.order())
+
+    trio.run(scenario)
+
+
+def test_prewarm(tmp_path: Path) -> None:
+    """A worker can be started before the first order, and that order then uses it."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            r.pool.prewarm()
+            r.pool.prewarm()
+            pids = r.pool.worker_pids
+            assert len(pids) == 1
+            await r.fetch(r.order())
+            assert r.pool.worker_pids == pids
+
+    trio.run(scenario)
+
+
+def test_fault_in_the_callback_ends_its_own_order_only(tmp_path: Path) -> None:
+    """What `landed` raises comes out of `fetch`; others go on."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+
+            def broken(_: Landed) -> None:
+                raise ZeroDivisionError
+
+            with pytest.raises(ZeroDivisionError):
+                await r.pool.fetch(r.order(), broken)
+            await r.fetch(r.order())
+
+    trio.run(scenario)
+
+
+def test_orders_end_with_the_pool(tmp_path: Path) -> None:
+    """Closing the pool ends what is waiting and what is under way, and leaves no process."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, connections=1) as r:
+            metrics = RecordingMetrics()
+            pool = WorkerPool(metrics=metrics, workers=1, connections=1)
+            r.store.answers.append([End.HANG])
+            failures: list[FetchFailed] = []
+
+            async def expect_loss(order: FetchOrder) -> None:
+                with pytest.raises(FetchFailed) as caught:
+                    await pool.fetch(order, _ignore)
+                failures.append(caught.value)
+
+            async with trio.open_nursery() as nursery, open_pool(pool):
+                nursery.start_soon(expect_loss, r.order(name="sent"))
+                nursery.start_soon(expect_loss, r.order(name="waiting"))
+                await _under_way(r, 1)
+                (pid,) = pool.worker_pids
+            assert [failed.kind for failed in failures] == [FailureKind.WORKER_LOST] * 2
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            with pytest.raises(FetchFailed):
+                await pool.fetch(r.order(), _ignore)
+            assert metrics.gauges["workers"] == 0
+
+    trio.run(scenario)
+
+
+def test_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    """kill -9 of the daemon leaves no worker behind."""
+    program = (
+        "import sys, trio\n"
+        "from support.fetch_rig import RecordingMetrics\n"
+        "from valohai_fuse.fetch.pool import WorkerPool, open_pool\n"
+        "async def main():\n"
+        "    async with open_pool(WorkerPool(metrics=RecordingMetrics(), workers=1)) as pool:\n"
+        "        pool.prewarm()\n"
+        "        while not pool._workers[0].ready:\n"
+        "            await trio.sleep(0.01)\n"
+        "        print(pool.worker_pids[0], flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    tests = str(Path(__file__).resolve().parents[1])
+    paths = [tests, *filter(None, sys.path)]
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{program}"], stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        descriptor = os.pidfd_open(worker)
+        parent.kill()
+
+        async def gone() -> None:
+            with trio.fail_after(10):
+                await trio.lowlevel.wait_readable(descriptor)
+
+        trio.run(gone)
+        os.close(descriptor)
+
+
+def test_many_orders_at_once(tmp_path: Path) -> None:
+    """Two hundred orders of every kind over two workers: every byte right, nothing left."""
+    content = ramp(40 * BLOCK_BYTES + 17, phase=3)
+
+    async def scenario() -> None:
+        async with rig(tmp_path, content, workers=2) as r:
+
+            def broken(request: Request) -> Answer:
+                return [r.store.ordinary(request)[:-100], End.RESET]
+
+            orders = []
+            kinds: set[FailureKind] = set()
+            async with trio.open_nursery() as nursery:
+
+                async def until_it_works(order: FetchOrder) -> None:
+                    done = False
+                    while not done:
+                        try:
+                            await r.fetch(order)
+                            done = True
+                        except FetchFailed as failed:
+                            kinds.add(failed.kind)
+
+                r.store.answers.extend([broken] * 20)
+                for i in range(200):
+                    start = i % 40 * BLOCK_BYTES
+                    stop = min(start + (1 + i % 7) * BLOCK_BYTES, len(content))
+                    order = r.order(start, stop, name=f"n{i}", priority=Priority(i % 2))
+                    orders.append(order)
+                    nursery.start_soon(until_it_works, order)
+            for order in orders:
+                assert landed_bytes(order) == content[order.extent.start : order.extent.stop]
+            assert kinds == {FailureKind.TRANSIENT}
+            statistics = r.pool.statistics()
+            assert (statistics.active, statistics.active_ahead, statistics.waiting) == (0, 0, 0)
+            assert r.store.connections <= 2 * 16 + 20
+
+    trio.run(scenario)
+
+
+def test_unreadable_ca_file(tmp_path: Path) -> None:
+    """A wrong --ca-file is a configuration error at the start, not a broken worker later."""
+    with pytest.raises(ConfigurationError):
+        WorkerPool(metrics=RecordingMetrics(), ca_file=str(tmp_path / "missing.pem"))
