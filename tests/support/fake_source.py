@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import trio
 
@@ -20,7 +21,7 @@ def file_ref(name: str = "a.bin", *, index: int = 0, input_id: str | None = "i-1
     return FileRef("data", input_id, name, f"datum://{name}", name, url, index)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FakeRenewal:
     """The answer of one `renew`: an https URL for every file that is not left out."""
 
@@ -39,7 +40,7 @@ class FakeRenewal:
         query = f"renewal={self.number}"
         if self.lifetime_s is not None:
             query += f"&Expires={int(self.minted_at_s + self.lifetime_s)}"
-        return f"https://store.test/{file.input_name}/{file.name}?{query}"
+        return f"https://store.test/{file.input_name}/{quote(file.name)}?{query}"
 
 
 @dataclass

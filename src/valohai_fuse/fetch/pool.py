@@ -17,7 +17,6 @@ import contextlib
 import logging
 import os
 import re
-import ssl
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import trio
 
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.fetch import wire
+from valohai_fuse.fetch.authorities import system_ca_file
 from valohai_fuse.fetch.process import WorkerProcess
 from valohai_fuse.ports import FailureKind, Fetched, FetchFailed, FetchOrder, Landed, Metrics, Priority
 
@@ -35,12 +35,6 @@ _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
 _WARM_BONUS = 4
 """How many more orders a worker may have under way than another and still get one for its idle connection."""
-_CA_FILES = (
-    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine, Arch
-    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL, Amazon Linux
-    "/etc/ssl/ca-bundle.pem",  # SUSE
-    "/etc/ssl/cert.pem",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,20 +376,6 @@ async def open_pool(pool: WorkerPool) -> AsyncIterator[WorkerPool]:
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
-
-
-def system_ca_file() -> str | None:
-    """The PEM bundle of the authorities that this system trusts ($SSL_CERT_FILE, the distribution's, certifi's). libcurl comes
-    in a wheel and does not know where this distribution keeps them."""
-    configured = ssl.get_default_verify_paths().cafile
-    for path in filter(None, (configured, *_CA_FILES)):
-        if os.access(path, os.R_OK):
-            return path
-    try:
-        import certifi  # noqa: PLC0415 - comes with httpx; only needed on images without ca-certificates
-    except ImportError:
-        return None
-    return certifi.where()
 
 
 def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:

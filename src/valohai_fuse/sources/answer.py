@@ -5,12 +5,14 @@ two hashes and an offset for each file, and the one entry is decoded when asked 
 with one regular expression per entry, because a decoder that takes the whole body in one call would hold the interpreter
 (and so every read of the mount) for half a second.
 
-Invariants: an entry is given only if its own decoded text matches the file asked for, so a hash
-collision costs a URL and never gives a wrong one. Names are keys here and nothing else: `..` in one matches no file. Immutable once indexed. Must not know HTTP or clocks.
+Invariants: an entry is given only if its own decoded text matches the file asked for, so a hash collision costs a URL and
+never gives a wrong one. Names are keys here and nothing else: `..` in one matches no file.
+Immutable once indexed. Must not know HTTP or clocks.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -56,6 +58,22 @@ class _Entry(msgspec.Struct):
         return "<file>"
 
 
+def _decode(raw: bytes) -> _Entry:
+    """Raises msgspec.ValidationError (other types than documented), msgspec.DecodeError (not JSON)."""
+    try:
+        return _decoder.decode(raw)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        # Users' metadata stands in here, and Python's json writes and reads NaN, which JSON does not know.
+        try:
+            return msgspec.convert(json.loads(raw), _Entry)
+        except (ValueError, RecursionError) as other:
+            if isinstance(other, msgspec.ValidationError):
+                raise
+            raise error from None
+
+
 _decoder = msgspec.json.Decoder(_Entry)
 _text_decoder = msgspec.json.Decoder(str)
 
@@ -95,14 +113,14 @@ class Answer:
 
     def _entry(self, offset: int | None) -> _Entry | None:
         match = None if offset is None else _ENTRY.match(self._body, offset)
-        return _decoder.decode(match[0]) if match else None
+        return _decode(match[0]) if match else None
 
     def _index(self) -> None:
         walk = _Walk(self._body)
         ids: dict[int, list[str]] = {}
         for group, offset, raw in walk.entries():
             try:
-                entry = _decoder.decode(raw)
+                entry = _decode(raw)
             except msgspec.ValidationError:
                 self.skipped += 1
                 continue

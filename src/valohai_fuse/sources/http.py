@@ -1,20 +1,24 @@
 """What the httpx sources share: a client that is safe to give secrets to, and failures without secrets.
 
 Decides three things. (1) TLS is verified against the system's authorities, plus a file of the user's. (2) httpx loses pool
-slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a CapacityLimiter.
-(3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the root logger says.
+slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a
+CapacityLimiter. (3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the
+root logger says.
 Invariant: `describe` never quotes what was sent: h11's messages, for example, quote a header value that they refuse.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.cookiejar
 import logging
 import ssl
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import httpx
+import trio
 
 from valohai_fuse.errors import ConfigurationError
 
@@ -54,6 +58,37 @@ def client(*, ca_file: str | None, connect_timeout_s: float, answer_timeout_s: f
     )
 
 
+async def read_raw(response: httpx.Response, take: Callable[[bytes], Awaitable[bool]]) -> None:
+    """Gives the body, chunk by chunk as it is on the wire, to `take` until that says False or there is no more.
+
+    httpx reads through generators within generators. Left in the middle they end when the garbage collector finds them,
+    with a warning; so a body that is not read to its end is closed first and then read to the error that this makes.
+    """
+    chunks = response.aiter_raw()
+    try:
+        async for chunk in chunks:
+            if not await take(chunk):
+                break
+    finally:
+        with trio.CancelScope(shield=True):
+            await response.aclose()
+            with contextlib.suppress(httpx.HTTPError, httpx.StreamError):
+                async for _ in chunks:
+                    pass
+
+
+async def read_beginning(response: httpx.Response, limit_bytes: int) -> bytes:
+    """The first `limit_bytes` of the body as it is on the wire; the rest is not waited for."""
+    body = bytearray()
+
+    async def take(chunk: bytes) -> bool:
+        body.extend(chunk)
+        return len(body) < limit_bytes
+
+    await read_raw(response, take)
+    return bytes(body[:limit_bytes])
+
+
 def describe(error: httpx.HTTPError | httpx.InvalidURL | ssl.SSLError) -> str:
     """The failure in words, without anything that was sent."""
     if isinstance(error, httpx.ConnectError):
@@ -66,6 +101,5 @@ def describe(error: httpx.HTTPError | httpx.InvalidURL | ssl.SSLError) -> str:
         (httpx.LocalProtocolError, "the request holds characters that HTTP does not permit"),
         (httpx.NetworkError, "the connection broke"),
         (httpx.ProxyError, "the proxy refused"),
-        (httpx.DecodingError, "the answer's compression is broken"),
     )
     return next((text for kind, text in words if isinstance(error, kind)), type(error).__name__)

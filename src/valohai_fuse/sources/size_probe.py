@@ -1,8 +1,9 @@
 """How large an object is, by one GET of its first byte.
 
 Never HEAD: the signature of a signed URL covers GET only. Decides what each answer says of the size, in the same kinds of
-failure as fetching. Invariants: http and https only, also after redirects; a signed URL goes out byte for byte as it came; the lease's
-headers go to the host that they were given for and to no other; at most 4 KiB of any body is read. Decides no retry.
+failure as fetching. Invariants: http and https only, also after redirects; a signed URL goes out byte for byte as it
+came; the lease's headers go to the host that they were given for and to no other; at most 4 KiB of any body is read.
+Decides no retry.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class HttpSizeProbe:
             return _size_of_whole(
                 response, url
             )  # leaving without its body closes the connection: the store ignores ranges
-        body = await _beginning(response)
+        body = await http.read_beginning(response, _BODY_BYTES)
         if status == 206:
             match = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
             if match is None or int(match[1]) == 0:
@@ -152,15 +153,6 @@ def _failed(response: httpx.Response, url: str, kind: FailureKind, what: str) ->
     date_s = parse_http_date(response.headers.get("date"))
     detail = f"{urls.redact(url)}: HTTP {response.status_code}, {what}"
     return FetchFailed(kind, detail, status=response.status_code, server_date_s=date_s)
-
-
-async def _beginning(response: httpx.Response) -> bytes:
-    body = b""
-    async for chunk in response.aiter_raw(_BODY_BYTES):
-        body += chunk
-        if len(body) >= _BODY_BYTES:
-            break
-    return body[:_BODY_BYTES]
 
 
 def _followed(url: str, location: str) -> str:

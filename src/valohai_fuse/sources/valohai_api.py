@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import tempfile
+import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -36,6 +37,7 @@ ATTEMPT_MAX_S: Final = 300.0
 """For one answer in all, against one that drips."""
 SPILL_BYTES: Final = 1 << 20
 _REQUESTS_MAX: Final = 4
+_GZIP: Final = 31  # window bits: 15, and 16 for gzip's header
 _DELAY_MAX_S: Final = 8.0
 _WORDS_BYTES: Final = 4096
 _WORDS_CHARS: Final = 240
@@ -77,6 +79,7 @@ class ValohaiApi:
         self._random = random
         self._shown = urls.redact(request.url)
         self._headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in request.headers]
+        self._headers.append((b"Accept-Encoding", b"gzip"))
         try:
             self._url = httpx.URL(request.url)
         except httpx.InvalidURL:
@@ -127,9 +130,9 @@ class ValohaiApi:
                         self._request.method, url, headers=self._headers, content=b""
                     ) as response:
                         await self._check(response)
-                        async for chunk in response.aiter_bytes(64 * 1024):
-                            if spool.add(chunk):
-                                await trio.to_thread.run_sync(spool.spill)
+                        inflow = _Inflow(response, spool)
+                        await http.read_raw(response, inflow.take)
+                        inflow.finish()
                     minted_at_s = self._clock()
                     return await trio.to_thread.run_sync(self._indexed, spool, minted_at_s)
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -170,12 +173,7 @@ class ValohaiApi:
 
     async def _words(self, response: httpx.Response) -> str:
         """What Valohai says of an error, as `: text`, without secrets; "" where it says nothing in JSON."""
-        body = b""
-        async for chunk in response.aiter_bytes(_WORDS_BYTES):
-            body += chunk
-            if len(body) >= _WORDS_BYTES:
-                break
-        text = _said(body)
+        text = _said(_unpacked(await http.read_beginning(response, _WORDS_BYTES), _coding(response)))
         for _, value in self._request.headers:
             for secret in (value, *value.split()[-1:]):
                 if len(secret) >= 6:
@@ -195,6 +193,51 @@ def _said(body: bytes) -> str:
     if isinstance(value, list):
         value = "; ".join(part for part in value[:4] if isinstance(part, str))
     return value if isinstance(value, str) else ""
+
+
+def _coding(response: httpx.Response) -> str:
+    coding: str = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in {"", "identity", "gzip"}:
+        raise StoreUnavailableError("Valohai's API encodes its answers in a way that was not asked for")
+    return coding
+
+
+def _unpacked(beginning: bytes, coding: str) -> bytes:
+    """As much of a short text as its first bytes give; nothing when they are not what they say."""
+    if coding != "gzip":
+        return beginning
+    try:
+        return zlib.decompressobj(_GZIP).decompress(beginning, 4 * _WORDS_BYTES)
+    except zlib.error:
+        return b""
+
+
+class _Inflow:
+    """From the wire into the spool, unpacked on the way, at most SPILL_BYTES at a time however well it was packed."""
+
+    def __init__(self, response: httpx.Response, spool: _Spool) -> None:
+        self._spool = spool
+        self._unpacker = zlib.decompressobj(_GZIP) if _coding(response) == "gzip" else None
+
+    async def take(self, chunk: bytes) -> bool:
+        """Always wants more. Raises _TryAgain when the packing is broken."""
+        while chunk:
+            part, chunk = (chunk, b"") if self._unpacker is None else self._unpack(self._unpacker, chunk)
+            if self._spool.add(part):
+                await trio.to_thread.run_sync(self._spool.spill)
+        return True
+
+    def finish(self) -> None:
+        """The few bytes that unpacking may still hold."""
+        if self._unpacker is not None:
+            self._spool.add(self._unpacker.flush())
+
+    @staticmethod
+    def _unpack(unpacker: zlib._Decompress, chunk: bytes) -> tuple[bytes, bytes]:
+        try:
+            return unpacker.decompress(chunk, SPILL_BYTES), unpacker.unconsumed_tail
+        except zlib.error:
+            raise _TryAgain("the answer's compression is broken") from None
 
 
 class _Spool:
