@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ import pytest
 
 from support.mounts import MountedSandbox, run_cli, wait_until
 from valohai_fuse.mount import table
+from valohai_fuse.obs.runtime_dir import process_start
 from valohai_fuse.sandbox.content import ramp
 from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
 from valohai_fuse.sandbox.valohai import Sandbox
@@ -342,13 +344,32 @@ def test_mount_that_is_interrupted_takes_everything_back(sandbox: Sandbox, place
         daemon = json.loads(_records(sandbox)[0].read_bytes())["pid"]
         os.kill(daemon, signal.SIGSTOP)  # so that the mounts cannot be ready before the signal has come through
         process.terminate()
-        wait_until("the daemon has been told", lambda: _pending(daemon, signal.SIGTERM))
-        os.kill(daemon, signal.SIGCONT)
+        wait_until("the daemon has been told", lambda: _was_told(daemon))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(daemon, signal.SIGCONT)
         process.communicate(timeout=30)
     assert process.returncode == 130
     assert _mounted(sandbox) == []
     assert _records(sandbox) == []
     assert sorted(os.listdir(sandbox.inputs_dir)) == ["ready"]
+
+
+def test_two_mounts_at_once_do_not_cover_each_other(sandbox: Sandbox, places: list[str]) -> None:
+    """Of two `mount` of the same input at the same moment one mounts, the other is refused."""
+    command = [sys.executable, "-m", "valohai_fuse", "mount", *places, "train"]
+    with MountedSandbox(sandbox, options=["labels"]):
+        both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [process.communicate(timeout=30)[1] for process in both]
+        assert sorted(process.returncode for process in both) == [0, 5], said
+        assert _mounted(sandbox) == ["inputs/labels", "inputs/train"]
+
+
+def _was_told(pid: int) -> bool:
+    """SIGTERM is pending, or has ended it already."""
+    try:
+        return process_start(pid) is None or _pending(pid, signal.SIGTERM)
+    except FileNotFoundError:
+        return True
 
 
 def _pending(pid: int, number: int) -> bool:

@@ -47,10 +47,12 @@ class Seen:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """All counters and gauges by name; empty when the daemon did not answer."""
         return dict(self.answer.get("metrics", {}))
 
     @property
     def errors(self) -> int:
+        """Reads that failed, and unexpected errors."""
         return int(self.metrics.get("read_errors", 0) + self.metrics.get("handler_errors", 0))
 
 
