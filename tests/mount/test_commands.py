@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -17,6 +19,7 @@ import pytest
 
 from support.mounts import MountedSandbox, run_cli, wait_until
 from valohai_fuse.mount import table
+from valohai_fuse.obs.runtime_dir import process_start
 from valohai_fuse.sandbox.content import ramp
 from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
 from valohai_fuse.sandbox.valohai import Sandbox
@@ -301,6 +304,72 @@ def test_run_passes_signals_on_once_and_cleans_up(sandbox: Sandbox, places: list
         assert process.stdout.read() == "SIGUSR1 SIGTERM\nset()\n"
         assert process.wait(20) == 5
     assert _mounted(sandbox) == []
+
+
+def test_ctrl_c_reaches_the_command_once_and_run_survives_it(sandbox: Sandbox, places: list[str]) -> None:
+    """The terminal's Ctrl-C goes to CMD, which shares our process group; `run` stays to clean up and adds no second one."""
+    code = (
+        "import signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"
+        "print('up', flush=True)\n"
+        "signal.sigwait({signal.SIGINT})\n"
+        "print('second:', signal.sigtimedwait({signal.SIGINT}, 0.5), flush=True)\n"
+        "print(len(open(sys.argv[1], 'rb').read()), flush=True)\n"
+        "sys.exit(6)\n"
+    )
+    terminal, side = pty.openpty()
+    try:
+        path = os.path.join(sandbox.inputs_dir, "train/a.bin")
+        command = ["setsid", "--ctty", *_run_command(places, sys.executable, "-c", code, path)]
+        with subprocess.Popen(
+            command, stdin=side, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            os.write(terminal, b"\x03")
+            assert process.stdout.read() == "second: None\n300000\n"
+            assert process.wait(20) == 6
+    finally:
+        os.close(terminal)
+        os.close(side)
+    assert _mounted(sandbox) == []
+
+
+def test_mount_that_is_interrupted_takes_everything_back(sandbox: Sandbox, places: list[str]) -> None:
+    """SIGTERM while `mount` waits for its daemons: nothing stays mounted, running or made."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "valohai_fuse", "mount", *places], stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until("a daemon has been started", lambda: bool(_records(sandbox)))
+        daemon = json.loads(_records(sandbox)[0].read_bytes())["pid"]
+        os.kill(daemon, signal.SIGSTOP)  # so that the mounts cannot be ready before the signal has come through
+        process.terminate()
+        wait_until("the daemon has been told", lambda: _was_told(daemon))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(daemon, signal.SIGCONT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert _mounted(sandbox) == []
+    assert _records(sandbox) == []
+    assert sorted(os.listdir(sandbox.inputs_dir)) == ["ready"]
+
+
+def test_two_mounts_at_once_do_not_cover_each_other(sandbox: Sandbox, places: list[str]) -> None:
+    """Of two `mount` of the same input at the same moment one mounts, the other is refused."""
+    command = [sys.executable, "-m", "valohai_fuse", "mount", *places, "train"]
+    with MountedSandbox(sandbox, options=["labels"]):
+        both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [process.communicate(timeout=30)[1] for process in both]
+        assert sorted(process.returncode for process in both) == [0, 5], said
+        assert _mounted(sandbox) == ["inputs/labels", "inputs/train"]
+
+
+def _was_told(pid: int) -> bool:
+    """SIGTERM is pending, or has ended it already."""
+    try:
+        return process_start(pid) is None or _pending(pid, signal.SIGTERM)
+    except FileNotFoundError:
+        return True
 
 
 def _pending(pid: int, number: int) -> bool:

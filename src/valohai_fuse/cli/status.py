@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SAMPLE_S: Final = 0.25
 """Between the two answers that a throughput is taken from."""
 WATCH_S: Final = 1.0
+ASKED_AT_ONCE_MAX: Final = 16
 _ANSWER_S: Final = 3.0
 
 
@@ -45,10 +47,12 @@ class Seen:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """All counters and gauges by name; empty when the daemon did not answer."""
         return dict(self.answer.get("metrics", {}))
 
     @property
     def errors(self) -> int:
+        """Reads that failed, and unexpected errors."""
         return int(self.metrics.get("read_errors", 0) + self.metrics.get("handler_errors", 0))
 
 
@@ -56,7 +60,10 @@ def look(settings: Settings) -> list[Seen]:
     """All mounts of the runtime directory, and those in the inputs directory that no record tells of."""
     in_table = {entry.mountpoint: entry for entry in table.entries() if entry.is_ours}
     records = RuntimeDir(settings.runtime_dir).records()
-    seen = [_look_at(record, in_table.pop(record.mountpoint, None)) for record in records]
+    with ThreadPoolExecutor(ASKED_AT_ONCE_MAX) as pool:  # one daemon that hangs must not hold up the others' answers
+        seen = list(pool.map(lambda record: _look_at(record, in_table.get(record.mountpoint)), records))
+    for record in records:
+        in_table.pop(record.mountpoint, None)
     base = table.resolve(settings.inputs_dir)
     for place in (place for place in in_table if place == base or place.startswith(base + "/")):
         alive = table.answers(place, timeout_s=1.0)
