@@ -177,7 +177,7 @@ def _nothing(_place: Place) -> list[str]:
 
 
 _STREAMS = ("--vfs-cache-mode", "off", "--vfs-read-chunk-streams", "8", "--vfs-read-chunk-size", "8M")
-_SMALL_CHUNKS = ("--vfs-cache-mode", "off", "--vfs-read-chunk-size", "256k", "--vfs-read-chunk-size-limit", "256k")
+_SMALL_CHUNKS = ("--vfs-cache-mode", "off", "--vfs-read-chunk-size", "256k", "--buffer-size", "0")
 
 PEERS: tuple[Peer, ...] = (
     Peer(OURS, "mount", valohai_fuse, caches=True),

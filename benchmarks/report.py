@@ -108,8 +108,8 @@ _COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
-def rows(workload: Workload, trials: Trials) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one workload's table, best first; failures last."""
+def rows(workload: Workload, trials: Trials) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header and rows of one workload's table, best first; then a sentence for each peer that failed every time."""
     unit, more_is_better = UNITS[workload.metric]
     best = best_other(trials, workload.metric)
     extra = [
@@ -121,7 +121,7 @@ def rows(workload: Workload, trials: Trials) -> tuple[list[str], list[list[str]]
         value = median(runs, workload.metric)
         errors = [t["error"] for t in runs if "error" in t]
         if value is None:
-            failed.append([name, "failed", errors[0] if errors else "no trial", *[""] * (len(header) - 3)])
+            failed.append(f"{name} failed: {errors[0] if errors else 'no trial'}")
             continue
         values = [t[workload.metric] for t in runs if workload.metric in t]
         ratio = f"{value / best[1]:.2f}" if best and best[1] else "-"
@@ -130,7 +130,7 @@ def rows(workload: Workload, trials: Trials) -> tuple[list[str], list[list[str]]
         row = [name + note, _number(value), f"{_number(min(values))}-{_number(max(values))}", ratio, *shown]
         done.append((value, row))
     done.sort(key=lambda pair: pair[0], reverse=more_is_better)
-    return header, [row for _, row in done] + failed
+    return header, [row for _, row in done], failed
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -146,7 +146,8 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def text_of(workload: Workload, trials: Trials) -> str:
     """One workload for the terminal."""
-    parts = [f"== {workload.name}: {workload.title}", table(*rows(workload, trials))]
+    header, lines, failed = rows(workload, trials)
+    parts = [f"== {workload.name}: {workload.title}", table(header, lines), *(f"   {reason}" for reason in failed)]
     for target in workload.targets:
         verdict = judge(target, trials)
         if verdict.reached is not None:
@@ -164,10 +165,11 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [_preamble(results), shown, "## Targets\n", _targets(workloads, results)]
     for workload in workloads:
         entry = results["workloads"][workload.name]
-        header, lines = rows(workload, entry["trials"])
+        header, lines, failed = rows(workload, entry["trials"])
         parts.append(f"## {workload.title}\n")
         parts.append(f"`{workload.name}`, store {workload.profile.text}, {workload.state}, {entry['date']}.\n")
         parts.append(_markdown(header, lines))
+        parts += [f"{reason}\n" for reason in failed]
     parts.append(_commands(results))
     return "\n".join(parts)
 
