@@ -28,17 +28,19 @@ from valohai_fuse.engine.sizing import Sizing
 from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Inspection
+from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.tree import build
 from valohai_fuse.mount import kernel
 from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
-from valohai_fuse.settings import Settings
+from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import api_file, manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
+from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.segments import SegmentStore
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class Daemon:
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
+            evictor = Evictor(settings.cache_dir, _budget(settings), touch_used=store.touch_used)
+            nursery.start_soon(evictor.run)
             pool = await stack.enter_async_context(open_pool(self._pool()))
             api = self._api()
             if api is not None:
@@ -219,6 +223,13 @@ def _local_files(base: str, spec: MountSpec) -> LocalFiles | None:
         if spec.as_root:
             return None  # exploring with --root on a machine without an inputs directory
         raise errors.MountFailedError(f"{base}: {error.strerror}") from error
+
+
+def _budget(settings: Settings) -> Budget:
+    wanted = settings.cache_min_free
+    if wanted.endswith("%"):
+        return Budget(bytes_max=settings.cache_max_size, free_min_share=float(wanted[:-1]) / 100)
+    return Budget(bytes_max=settings.cache_max_size, free_min_bytes=parse_bytes(wanted))
 
 
 def _no_local_file(path: str) -> int:

@@ -135,6 +135,8 @@ class FetchOrder:
     """None: not known yet, take what the response says."""
     segment_path: str
     priority: Priority = Priority.DEMAND
+    turn: int = 0
+    """Among orders of one priority the lowest goes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,10 @@ class Fetcher(Protocol):
 
         Raises FetchFailed; what was reported as landed stays landed. Cancelling the caller cancels the transfer.
         """
+        ...
+
+    def promote(self, order: FetchOrder) -> None:
+        """Somebody now waits for this AHEAD order (the object given to `fetch`): it no longer queues behind demand."""
         ...
 
 

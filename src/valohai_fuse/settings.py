@@ -353,7 +353,10 @@ def child_environment(keep: Iterable[str] = ()) -> dict[str, str]:
         *keep,
     }
     proxies = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"}
-    return {key: value for key, value in os.environ.items() if key in wanted or key.upper() in proxies}
+    kept = {key: value for key, value in os.environ.items() if key in wanted or key.upper() in proxies}
+    if "PYTHONPATH" in kept:  # a child may run in another directory than the one it is relative to
+        kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in kept["PYTHONPATH"].split(os.pathsep))
+    return kept
 
 
 def color_wanted() -> bool:

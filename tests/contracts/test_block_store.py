@@ -15,6 +15,8 @@ from valohai_fuse.ports import ABSENT, COLD, FOREIGN, BlockStore, FetchOrder, Le
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.segments import SegmentStore
 
+pytestmark = pytest.mark.expect_warnings("the cache directory takes no writes")
+
 PERIOD = bytes(range(251))
 SIZE = 2 * SEGMENT_BYTES + 3 * BLOCK_BYTES + 777
 KEY = ObjectKey("datum:one", SIZE)

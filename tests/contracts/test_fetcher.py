@@ -11,7 +11,6 @@ from typing import Literal
 import pytest
 import trio
 import trio.testing
-from valohai_fuse.store.landing import SegmentWriter
 
 from support.fake_fetcher import FakeFetcher, Script
 from support.fetch_rig import CONTENT, SIZE, landed_bytes, rig
@@ -28,6 +27,7 @@ from valohai_fuse.ports import (
     Priority,
     Version,
 )
+from valohai_fuse.store.landing import SegmentWriter
 
 Fault = Literal["missing", "refused", "cut"]
 

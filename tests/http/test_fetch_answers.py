@@ -440,6 +440,20 @@ def test_stall(sent: bytes, tmp_path: Path) -> None:
     trio.run(scenario)
 
 
+def test_stall_after_the_last_byte_is_no_failure(tmp_path: Path) -> None:
+    """Everything has landed: that the end of the answer never comes changes nothing."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, stall_timeout_s=0.2) as r:
+            ended = chunked(206, PART, ("Content-Range", f"bytes {START}-{STOP - 1}/{SIZE}"))
+            r.store.answers.append([ended[: -len("0\r\n\r\n")], End.HANG])
+            order = r.order(START, STOP)
+            await r.fetch(order)
+            assert landed_bytes(order) == PART
+
+    trio.run(scenario)
+
+
 def test_slow_but_steady_is_no_stall(tmp_path: Path) -> None:
     """The stall timeout bounds silence, not the transfer."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import threading
@@ -20,9 +21,10 @@ from support.raw_http import ranged_get, raw_request
 from valohai_fuse.sandbox import ABSENT, InputSpec, Sandbox, SandboxFile, SandboxInput, ramp
 from valohai_fuse.sandbox.content import SLICE_BYTES, Ramp, Rows, as_content, read_all
 from valohai_fuse.sandbox.demo_data import readings
-from valohai_fuse.sandbox.signing import FORMS, Form, Signer, expiry
+from valohai_fuse.sandbox.signing import FORMS, Form, Signer, expiry, form_of, refusal
 from valohai_fuse.sandbox.store import requested_range
 
+SAMPLES = Path(__file__).parent.parent / "samples" / "signed_urls.json"
 BIG_BYTES = 3 * SLICE_BYTES + 17
 
 
@@ -122,11 +124,11 @@ def test_without_a_range_the_whole_object_comes_with_200(sandbox: Sandbox) -> No
 def test_if_match_with_another_etag_is_412(sandbox: Sandbox) -> None:
     """As S3 answers when the object has changed."""
     url = sandbox.mint("data", "big.bin")
-    assert ranged_get(url, 0, 1, **{"If-Match": '"other"'}).status == 412
+    assert ranged_get(url, 0, 1, {"If-Match": '"other"'}).status == 412
     tag = ranged_get(url, 0, 1).headers["etag"]
-    assert ranged_get(url, 0, 1, **{"If-Match": tag}).status == 206
+    assert ranged_get(url, 0, 1, {"If-Match": tag}).status == 206
     sandbox.replace_object("data", "big.bin", Ramp(BIG_BYTES, 1))
-    assert ranged_get(url, 0, 1, **{"If-Match": tag}).status == 412
+    assert ranged_get(url, 0, 1, {"If-Match": tag}).status == 412
 
 
 def test_a_get_signature_covers_nothing_but_get(sandbox: Sandbox) -> None:
@@ -186,6 +188,21 @@ def test_a_url_works_until_its_lifetime_is_over_and_then_is_refused_in_the_words
         assert refused.status == status
         assert words in refused.body
         assert ranged_get(sandbox.mint("data", "x"), 2, 4).body == b"23"
+
+
+@pytest.mark.parametrize("form", SIGNED_FORMS)
+def test_a_refusal_is_that_of_the_sample(form: Form) -> None:
+    """Status, content type and error code are those that the sample of this form shows."""
+    samples = {sample["store"]: sample for sample in json.loads(SAMPLES.read_text())}
+    names = {"s3-sts": "s3-sigv4-sts-token-died-early", "swift": "swift-tempurl", "swift-iso": "swift-tempurl-iso"}
+    sample = samples[names.get(form, form)]
+    said = refusal(form, "expired", 1_761_991_207.0, 1_761_991_200.0)
+    assert (said.status, said.content_type) == (sample["status"], sample["content_type"])
+    code = re.search("<Code>.*</Code>", sample["body"])
+    assert (code[0] if code else sample["body"]) in said.body
+    # MinIO's URLs look like S3's; ours are told apart by the access key.
+    assert form_of(urlsplit(sample["url"]).query) == ("s3-sigv4" if form == "minio" else form)
+    assert expiry(urlsplit(sample["url"]).query) == 1_761_991_200.0
 
 
 @pytest.mark.parametrize("form", SIGNED_FORMS)
@@ -307,7 +324,7 @@ def test_the_record_says_what_was_asked_and_sent_and_holds_no_secret(sandbox: Sa
     """Path, range, bytes and connection; never the query."""
     url = sandbox.mint("data", "big.bin")
     ranged_get(url, 10, 20)
-    ranged_get(url, 0, 1, Authorization="Execution-Token wrong")
+    ranged_get(url, 0, 1, {"Authorization": "Execution-Token wrong"})
     first, second = sandbox.store.requests_for("data/big*")
     assert (first.path, first.range, first.status, first.sent_bytes) == ("data/big.bin", "bytes=10-19", 206, 10)
     assert not first.carried_secret

@@ -9,6 +9,8 @@ import pytest
 from valohai_fuse.store import health
 from valohai_fuse.store.health import DiskHealth, RateLimitedLog
 
+pytestmark = pytest.mark.expect_warnings("the cache directory takes no writes")
+
 
 class Clock:
     """Seconds that pass when told to."""

@@ -15,6 +15,8 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTE
 from valohai_fuse.ports import ABSENT, NotHere, ObjectKey
 from valohai_fuse.store.segments import SegmentStore
 
+pytestmark = pytest.mark.expect_warnings("the cache directory takes no writes")
+
 SIZE = 2 * SEGMENT_BYTES - 1000
 KEY = ObjectKey("shared", SIZE)
 PERIOD = bytes(range(251))

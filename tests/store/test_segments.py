@@ -23,6 +23,10 @@ from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.places import FAULT_MEMORY_S
 from valohai_fuse.store.segments import SegmentStore
 
+pytestmark = pytest.mark.expect_warnings(
+    "valohai_fuse.store: (block|the cache directory|the cache|cache file)", "failed its check", "in memory"
+)
+
 BLOCKS = 6
 SIZE = (BLOCKS - 1) * BLOCK_BYTES + 1000
 KEY = ObjectKey("datum:x", SIZE)

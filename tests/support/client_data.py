@@ -40,7 +40,7 @@ def _tables(directory: Path, rng: object) -> None:
     assert isinstance(rng, np.random.Generator)
     small = pd.DataFrame({"id": np.arange(100_000), "value": rng.normal(size=100_000), "name": "ä row"})
     small.to_csv(directory / "table" / "rows.csv", index=False)
-    wide = pd.DataFrame({f"column_{index}": rng.normal(size=1_000_000) for index in range(8)})
+    wide = pd.DataFrame({f"column_{index}": rng.normal(size=1_000_000) for index in range(16)})
     wide.to_parquet(directory / "table" / "wide.parquet", row_group_size=250_000, compression=None)
     for year in (2023, 2024, 2025):
         part = directory / "dataset" / f"year={year}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -45,6 +45,15 @@ class Script:
     """Other bytes than the object's, for the whole object: a store that mixes up versions."""
 
 
+@dataclass(eq=False, slots=True)
+class _Place:
+    """An order that waits for a connection, or has one."""
+
+    order: FetchOrder
+    priority: Priority
+    admitted: trio.Event = field(default_factory=trio.Event)
+
+
 class FakeFetcher:
     """See the module's text. `contents` maps stable ids to whole objects, `versions` to their ETags (default `"v1"`)."""
 
@@ -74,7 +83,7 @@ class FakeFetcher:
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._active_ahead = 0
-        self._queues: dict[Priority, deque[tuple[FetchOrder, trio.Event]]] = {p: deque() for p in Priority}
+        self._queue: list[_Place] = []
 
     def script(self, stable_id: str, *scripts: Script) -> None:
         """The next orders of this object go like this, one after the other."""
@@ -85,47 +94,54 @@ class FakeFetcher:
         if not len(order.extent):
             raise ValueError("an order without bytes")
         self.orders.append(order)
-        priority = order.priority
+        scripts = self._scripts[order.key.stable_id]
+        script = scripts.popleft() if scripts else self.default
+        place = _Place(order, order.priority)
         try:
-            await self._admitted(order)
+            await self._admitted(place)
             try:
-                queue = self._scripts[order.key.stable_id]
-                return await self._carry_out(order, queue.popleft() if queue else self.default, landed)
+                return await self._carry_out(order, script, landed)
             finally:
-                self.active -= 1
-                self._active_ahead -= priority is Priority.AHEAD
-                self._admit()
+                self._leave(place)
         except trio.Cancelled:
             self.cancelled.append(order)
             raise
 
-    async def _admitted(self, order: FetchOrder) -> None:
-        entry = (order, trio.Event())
-        self._queues[order.priority].append(entry)
+    def promote(self, order: FetchOrder) -> None:
+        """As `ports.Fetcher.promote`."""
+        for place in self._queue:
+            if place.order is order:
+                place.priority = Priority.DEMAND
+        self._admit()
+
+    async def _admitted(self, place: _Place) -> None:
+        self._queue.append(place)
         self._admit()
         try:
-            await entry[1].wait()
+            await place.admitted.wait()
         except trio.Cancelled:
-            if entry[1].is_set():
-                self.active -= 1
-                self._active_ahead -= order.priority is Priority.AHEAD
-                self._admit()
+            if place.admitted.is_set():
+                self._leave(place)
             else:
-                self._queues[order.priority].remove(entry)
+                self._queue.remove(place)
             raise
 
+    def _leave(self, place: _Place) -> None:
+        self.active -= 1
+        self._active_ahead -= place.priority is Priority.AHEAD
+        self._admit()
+
     def _admit(self) -> None:
-        for priority in Priority:
-            queue = self._queues[priority]
-            while queue and self.active < self._connections:
-                if priority is Priority.AHEAD and self._active_ahead >= self._ahead_max:
-                    return
-                order, admitted = queue.popleft()
-                self.started.append(order)
-                self.active += 1
-                self.active_peak = max(self.active_peak, self.active)
-                self._active_ahead += priority is Priority.AHEAD
-                admitted.set()
+        for place in sorted(self._queue, key=lambda place: (place.priority, place.order.turn)):
+            ahead = place.priority is Priority.AHEAD
+            if self.active >= self._connections or (ahead and self._active_ahead >= self._ahead_max):
+                return
+            self._queue.remove(place)
+            self.started.append(place.order)
+            self.active += 1
+            self.active_peak = max(self.active_peak, self.active)
+            self._active_ahead += ahead
+            place.admitted.set()
 
     async def _carry_out(self, order: FetchOrder, script: Script, landed: Callable[[Landed], None]) -> Fetched:
         began = trio.current_time()

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from support.fake_fetcher import ramp
-from support.raw_store import RawStore, open_store
+from support.raw_store import RawStore, loopback_tls, open_store
 from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
@@ -136,6 +136,8 @@ async def rig(
     connect_timeout_s: float = 5,
     stall_timeout_s: float = 20,
     idle_s: float = 60,
+    ca_file: str | None = None,
+    tls: bool = False,
 ) -> AsyncIterator[Rig]:
     """Pool and store for the time of the block; at its end no worker process may be left."""
     metrics = RecordingMetrics()
@@ -146,10 +148,11 @@ async def rig(
         connect_timeout_s=connect_timeout_s,
         stall_timeout_s=stall_timeout_s,
         idle_s=idle_s,
+        ca_file=ca_file,
     )
     pids: tuple[int, ...] = ()
     with trio.fail_after(60):
-        async with open_store(content) as store:
+        async with open_store(content, tls=loopback_tls() if tls else None) as store:
             async with open_pool(pool):
                 yield Rig(pool, store, directory, metrics)
                 pids = pool.worker_pids

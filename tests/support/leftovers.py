@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_S = 0.02
+_LISTEN = "0A"
 
 _TOLERATED_TARGETS = ("/dev/null", "/dev/urandom", "/dev/random", "/proc", "/dev/pts", "/dev/tty")
 """Opened once and kept by libraries; harmless."""
@@ -65,24 +66,40 @@ def mounts_below(directories: tuple[str, ...]) -> list[str]:
 
 
 def _difference(before: Snapshot, ours: Ours) -> list[str]:
-    processes = [f"process {pid}: {_command(pid)}" for pid in _pids() if pid not in before.pids and _is_ours(pid, ours)]
-    descriptors = [f"open descriptor: {target}" for target in _descriptors() if target not in before.descriptors]
+    new_pids = [pid for pid in _pids() if pid not in before.pids]
+    processes = [f"process {pid}: {_command(pid)}" for pid in new_pids if _is_ours(pid, ours, before.pids)]
+    new = [target for target in _descriptors() if target not in before.descriptors]
+    accepted = _accepted_by(before.descriptors) if new else frozenset()
+    descriptors = [f"open descriptor: {target}" for target in new if target not in accepted]
     mounts = [
         f"mount: {mountpoint}" for mountpoint in mounts_below(ours.directories) if mountpoint not in before.mounts
     ]
     return [*mounts, *processes, *descriptors]
 
 
+def _accepted_by(descriptors: frozenset[str]) -> frozenset[str]:
+    """Connections to a server of this process that was listening before: that server's business."""
+    rows = [
+        (fields[1].rpartition(":")[2], fields[3], f"socket:[{fields[9]}]")
+        for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6")
+        for fields in map(str.split, Path(table).read_text(encoding="ascii").splitlines()[1:])
+    ]
+    ports = {port for port, state, socket in rows if state == _LISTEN and socket in descriptors}
+    return frozenset(socket for port, _, socket in rows if port in ports)
+
+
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _is_ours(pid: int, ours: Ours) -> bool:
+def _is_ours(pid: int, ours: Ours, before: frozenset[int]) -> bool:
+    """Whether a new process is a leftover of ours; the child of a daemon that was there before is the daemon's business."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        return parent == os.getpid() or ours.variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        is_marked = ours.variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False  # it has gone, or belongs to somebody else
+    return parent == os.getpid() or (is_marked and (parent == 1 or parent not in before))
 
 
 def _command(pid: int) -> str:

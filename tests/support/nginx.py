@@ -2,7 +2,7 @@
 
 It proves renewal against a server that nobody here wrote. Needs the nginx command with ngx_http_secure_link_module, and its
 Lua module where a delay is wanted; no privileges, everything lies in one directory that is removed at the end. Usable
-without pytest. nginx knows nothing of a revoked URL: to see one expire, mint it for a second or two, or `refusal_of` waits.
+without pytest. nginx cannot revoke a URL: to see one expire, mint it for a second or two.
 """
 
 from __future__ import annotations

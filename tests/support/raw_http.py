@@ -31,10 +31,13 @@ def raw_request(
     headers: HeaderMap | None = None,
     *,
     method: str = "GET",
-    silence_s: float = 0.3,
+    silence_s: float = 10.0,
     until_end: bool = False,
 ) -> RawAnswer:
-    """Sends the URL's path and query byte for byte. `until_end` reads on behind Content-Length, up to FIN or silence."""
+    """Sends the URL's path and query byte for byte. `until_end` reads on behind Content-Length, up to FIN or silence.
+
+    `silence_s` without a byte ends it as "silent"; short only where silence is what is expected.
+    """
     parts = urlsplit(url)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     fields = {"Host": parts.netloc, "Content-Length": "0"} if method == "POST" else {"Host": parts.netloc}
@@ -61,9 +64,11 @@ def raw_request(
     return _parsed(bytes(received), ended)
 
 
-def ranged_get(url: str, start: int, stop: int, **more: str) -> RawAnswer:
+def ranged_get(
+    url: str, start: int, stop: int, headers: HeaderMap | None = None, *, silence_s: float = 10.0
+) -> RawAnswer:
     """GET of the bytes [start, stop)."""
-    return raw_request(url, {"Range": f"bytes={start}-{stop - 1}", **more})
+    return raw_request(url, {"Range": f"bytes={start}-{stop - 1}", **(headers or {})}, silence_s=silence_s)
 
 
 def _complete(received: bytes | bytearray, method: str) -> bool:

@@ -11,13 +11,18 @@ import contextlib
 import enum
 import re
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
+import trio.abc
 
+LOOPBACK_PEM = Path(__file__).with_name("loopback.pem")
+"""A self-signed certificate for 127.0.0.1 and its key, for tests and nothing else; runs until 2126."""
 ETAG = '"v1"'
 DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
 
@@ -91,7 +96,7 @@ class RawStore:
         start, stop = request.extent
         return partial(self.content[start:stop], start, len(self.content))
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.abc.Stream) -> None:
         """One connection, request after request."""
         connection = self.connections
         self.connections += 1
@@ -105,7 +110,7 @@ class RawStore:
             self._announce()
             await trio.aclose_forcefully(stream)
 
-    async def _converse(self, stream: trio.SocketStream, connection: int) -> None:
+    async def _converse(self, stream: trio.abc.Stream, connection: int) -> None:
         buffer = b""
         while True:
             while b"\r\n\r\n" not in buffer:
@@ -123,7 +128,7 @@ class RawStore:
             if not await self._send(stream, scripted(request) if callable(scripted) else scripted):
                 return
 
-    async def _send(self, stream: trio.SocketStream, answer: Answer) -> bool:
+    async def _send(self, stream: trio.abc.Stream, answer: Answer) -> bool:
         """False: the connection is to be left."""
         for piece in answer:
             if isinstance(piece, bytes):
@@ -135,6 +140,7 @@ class RawStore:
                     pass
                 return False
             elif piece is End.RESET:
+                assert isinstance(stream, trio.SocketStream)
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return False
             elif isinstance(piece, End):
@@ -149,14 +155,24 @@ class RawStore:
 
 
 @contextlib.asynccontextmanager
-async def open_store(content: bytes, host: str = "127.0.0.1") -> AsyncIterator[RawStore]:
+async def open_store(content: bytes, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[RawStore]:
     """A store on a free port of loopback for the time of the block."""
+    host = "127.0.0.1"
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host=host)
-        store = RawStore(content, f"http://{host}:{listener.socket.getsockname()[1]}")
-        nursery.start_soon(trio.serve_listeners, store.serve, [listener])
+        scheme = "http" if tls is None else "https"
+        store = RawStore(content, f"{scheme}://{host}:{listener.socket.getsockname()[1]}")
+        listeners = [listener if tls is None else trio.SSLListener(listener, tls, https_compatible=True)]
+        nursery.start_soon(trio.serve_listeners, store.serve, listeners)
         yield store
         nursery.cancel_scope.cancel()
+
+
+def loopback_tls() -> ssl.SSLContext:
+    """For `open_store(tls=...)`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(LOOPBACK_PEM)
+    return context
 
 
 def head(status: int, *headers: tuple[str, str], reason: str = "Because") -> bytes:

@@ -37,12 +37,12 @@ def test_best_is_the_best_other_mount() -> None:
     assert best_other(_trials("mb_s", valohai_fuse=[900]), "mb_s") is None
 
 
-@pytest.mark.parametrize(("ours", "reached"), [(600, True), (599, False)])
-def test_a_ratio_is_reached_or_missed(ours: float, reached: bool) -> None:
+@pytest.mark.parametrize(("own_mb_s", "reached"), [(600, True), (599, False)])
+def test_a_ratio_is_reached_or_missed(own_mb_s: float, reached: bool) -> None:
     """Two times 300 is 600 and nothing less."""
-    verdict = judge(Target("mb_s", 2.0, "best"), _trials("mb_s", valohai_fuse=[ours], rclone=[300]))
+    verdict = judge(Target("mb_s", 2.0, "best"), _trials("mb_s", valohai_fuse=[own_mb_s], rclone=[300]))
     assert verdict.reached is reached
-    assert verdict.measured == f"{ours / 300:.2f} x rclone"
+    assert verdict.measured == f"{own_mb_s / 300:.2f} x rclone"
 
 
 def test_at_most_is_the_other_way_round() -> None:

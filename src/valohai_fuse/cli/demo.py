@@ -275,11 +275,11 @@ def _stop(runtime: RuntimeDir) -> int:
         return 0
     for record in runtime.records():
         if record.mountpoint in kept.mountpoints:
-            with contextlib.suppress(OSError):
-                os.unlink(record.log_path)
             output.say(
                 f"{record.mountpoint}: {unmounting.take_down(runtime, unmounting.Target(record.mountpoint, record))}"
             )
+            with contextlib.suppress(OSError):
+                os.unlink(record.log_path)
     if process_start(kept.sandbox_pid) == kept.sandbox_start:
         with contextlib.suppress(ProcessLookupError):
             os.kill(kept.sandbox_pid, signal.SIGTERM)

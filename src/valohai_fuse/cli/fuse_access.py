@@ -10,6 +10,7 @@ from valohai_fuse.errors import FuseUnavailableError
 from valohai_fuse.mount import table
 
 DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
 _ASK_DEVICE = "the container needs the device: docker run --device /dev/fuse --cap-add SYS_ADMIN; Kubernetes: a FUSE device plugin"
 _ASK_PRIVILEGE = (
     "grant the container CAP_SYS_ADMIN (docker run --cap-add SYS_ADMIN), or install fuse3 and mount as an ordinary user"
@@ -19,7 +20,13 @@ _ASK_PRIVILEGE = (
 def check_device() -> None:
     """Raises FuseUnavailableError when /dev/fuse is missing or cannot be opened."""
     try:
-        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        descriptor = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            is_fuse = os.fstat(descriptor).st_rdev == _DEVICE_NUMBER
+        finally:
+            os.close(descriptor)
+        if not is_fuse:
+            raise FuseUnavailableError(f"{DEVICE} is not the FUSE device (10, 229)", hint=_ASK_DEVICE)
     except FileNotFoundError:
         raise FuseUnavailableError(f"{DEVICE} does not exist", hint=_ASK_DEVICE) from None
     except PermissionError as error:

@@ -101,10 +101,8 @@ def run(arguments: Sequence[str]) -> int:
     except ValohaiFuseError as error:
         output.error(error.message, error.hint)
         return exit_code_of(error)
-    except BrokenPipeError:
-        # Whoever read our output has had enough (`| head`); what is left in the buffers must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    except (BrokenPipeError, SystemExit):  # click makes the latter, and nothing else, of the former
+        return EXIT_BROKEN_PIPE  # whoever read our output has had enough (`| head`)
     except Exception as error:  # noqa: BLE001 - the last edge
         return _internal(error)
     return result if isinstance(result, int) else 0
@@ -125,4 +123,10 @@ def _internal(error: Exception) -> int:
 
 def main() -> NoReturn:
     """The entry point."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -14,7 +14,7 @@ import click
 
 from valohai_fuse.settings import OPTIONS, Group, Option, Settings, resolve
 
-_TITLES: dict[Group, str] = {
+TITLES: dict[Group, str] = {
     "location": "Locations",
     "mount": "Mount",
     "reading": "Reading",
@@ -22,7 +22,8 @@ _TITLES: dict[Group, str] = {
     "network": "Network",
     "log": "Log",
 }
-ALL_GROUPS: tuple[Group, ...] = tuple(_TITLES)
+"""The groups of the table, in the order of the help."""
+ALL_GROUPS: tuple[Group, ...] = tuple(TITLES)
 
 _effective: list[Settings] = []
 """What the command at hand resolved to, for the last edge (`main`), which says where the logs are. One command a process."""
@@ -64,7 +65,7 @@ class Verb(click.Command):
         if records:
             with formatter.section("Options"):
                 formatter.write_dl(records)
-        for group, title in _TITLES.items():
+        for group, title in TITLES.items():
             of_table = [p for p in self.params if isinstance(p, TableOption) and p.group == group]
             records = [record for p in of_table if (record := p.get_help_record(ctx)) is not None]
             if records:

@@ -56,13 +56,14 @@ def run(
     command: tuple[str, ...],
 ) -> int:
     """Runs `command` over the mounts; its exit status."""
-    plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, to_stderr=True)
     running = None
-    if plan is None:
-        output.say(f"nothing to mount: no input in {settings.config_dir} has files on demand")
-    else:
-        running = starting.start(plan, with_lifeline=True, to_stderr=True)
-        starting.announce(plan, running.reports)
+    with RuntimeDir(settings.runtime_dir).starting():
+        plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, to_stderr=True)
+        if plan is None:
+            output.say(f"nothing to mount: no input in {settings.config_dir} has files on demand")
+        else:
+            running = starting.start(plan, with_lifeline=True, to_stderr=True)
+            starting.announce(plan, running.reports)
     locations = {"VH_CONFIG_DIR": settings.config_dir, "VH_INPUTS_DIR": settings.inputs_dir}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SAMPLE_S: Final = 0.25
 """Between the two answers that a throughput is taken from."""
 WATCH_S: Final = 1.0
+ASKED_AT_ONCE_MAX: Final = 16
 _ANSWER_S: Final = 3.0
 
 
@@ -45,18 +47,25 @@ class Seen:
 
     @property
     def metrics(self) -> dict[str, float]:
+        """All counters and gauges by name; empty when the daemon did not answer."""
         return dict(self.answer.get("metrics", {}))
 
     @property
     def errors(self) -> int:
+        """Reads that failed, and unexpected errors."""
         return int(self.metrics.get("read_errors", 0) + self.metrics.get("handler_errors", 0))
 
 
-def look(runtime: RuntimeDir) -> list[Seen]:
-    """All mounts of the runtime directory, and those of the kernel's table that no record tells of."""
+def look(settings: Settings) -> list[Seen]:
+    """All mounts of the runtime directory, and those in the inputs directory that no record tells of."""
     in_table = {entry.mountpoint: entry for entry in table.entries() if entry.is_ours}
-    seen = [_look_at(record, in_table.pop(record.mountpoint, None)) for record in runtime.records()]
-    for place in in_table:
+    records = RuntimeDir(settings.runtime_dir).records()
+    with ThreadPoolExecutor(ASKED_AT_ONCE_MAX) as pool:  # one daemon that hangs must not hold up the others' answers
+        seen = list(pool.map(lambda record: _look_at(record, in_table.get(record.mountpoint)), records))
+    for record in records:
+        in_table.pop(record.mountpoint, None)
+    base = table.resolve(settings.inputs_dir)
+    for place in (place for place in in_table if place == base or place.startswith(base + "/")):
         alive = table.answers(place, timeout_s=1.0)
         state = {True: "mounted", False: "dead", None: "silent"}[alive]
         seen.append(Seen(place, (), as_root=False, state=state))
@@ -196,8 +205,7 @@ def _reading(entry: Any) -> str:
 @click.option("--watch", is_flag=True, help="Go on showing it, with bars, until Ctrl-C.")
 def status(settings: Settings, for_programs: bool, watch: bool) -> int:
     """Shows; 0 unless something is dead or silent, then 1."""
-    runtime = RuntimeDir(settings.runtime_dir)
-    first = look(runtime)
+    first = look(settings)
     if for_programs and not watch:
         output.data_json({"mounts": [as_json(one) for one in first]})
         return _code(first)
@@ -205,9 +213,9 @@ def status(settings: Settings, for_programs: bool, watch: bool) -> int:
         output.say("nothing is mounted")
         return 0
     if watch:
-        return _watch(runtime, first, for_programs=for_programs)
+        return _watch(settings, first, for_programs=for_programs)
     time.sleep(SAMPLE_S)
-    now = with_rates(first, look(runtime))
+    now = with_rates(first, look(settings))
     _console().print(_table(now))
     for one in now:
         if one.state in {"dead", "silent"}:
@@ -232,7 +240,7 @@ def _console() -> Any:
     return Console(no_color=not output.has_color(sys.stdout), highlight=False, width=width)
 
 
-def _watch(runtime: RuntimeDir, before: list[Seen], *, for_programs: bool) -> int:
+def _watch(settings: Settings, before: list[Seen], *, for_programs: bool) -> int:
     """Until Ctrl-C, which is how it is meant to end."""
     import json
 
@@ -242,13 +250,13 @@ def _watch(runtime: RuntimeDir, before: list[Seen], *, for_programs: bool) -> in
         if for_programs:
             while True:
                 time.sleep(WATCH_S)
-                now = with_rates(before, look(runtime))
+                now = with_rates(before, look(settings))
                 output.data(json.dumps({"mounts": [as_json(one) for one in now]}))
                 before = now
         with Live(_live(before), console=_console(), auto_refresh=False) as live:
             while True:
                 time.sleep(WATCH_S)
-                now = with_rates(before, look(runtime))
+                now = with_rates(before, look(settings))
                 live.update(_live(now), refresh=True)
                 before = now
     except KeyboardInterrupt:

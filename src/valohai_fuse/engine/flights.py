@@ -48,9 +48,24 @@ connection, and a new connection costs round trips."""
 class Flight:
     """One run of blocks on its way. `landed` is how far it is: everything in [extent.start, landed) can be read."""
 
-    __slots__ = ("deadline", "error", "extent", "landed", "object", "over", "priority", "scope", "waiters")
+    __slots__ = (
+        "deadline",
+        "error",
+        "extent",
+        "landed",
+        "object",
+        "order",
+        "over",
+        "priority",
+        "scope",
+        "turn",
+        "waiters",
+    )
 
-    def __init__(self, obj: RemoteObject, extent: Extent, priority: Priority) -> None:
+    def __init__(self, obj: RemoteObject, extent: Extent, priority: Priority, turn: int) -> None:
+        self.turn = turn
+        self.order: FetchOrder | None = None
+        """What the fetcher has of it now."""
         self.object = obj
         self.extent = extent
         self.priority = priority
@@ -137,6 +152,7 @@ class Flights:
         self._store = store
         self._leases = leases
         self._metrics = metrics
+        self._turn = 0
         self.active = 0
         self.active_bytes = 0
         self.idle: Callable[[RemoteObject], None] | None = None
@@ -146,7 +162,8 @@ class Flights:
         """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store."""
         for gap in self._gaps(obj, wanted):
             for part in split_by_segment(gap):
-                flight = Flight(obj, part, priority)
+                self._turn += 1
+                flight = Flight(obj, part, priority, self._turn)
                 obj.flights.append(flight)
                 self.active += 1
                 self.active_bytes += len(part)
@@ -156,6 +173,12 @@ class Flights:
         """The flights that still bring at least one byte of `extent`. What has landed is the store's: should it be gone
         again, it is fetched anew, also while the flight that brought it goes on."""
         return [flight for flight in obj.flights if flight.coming.overlaps(extent)]
+
+    def want(self, flight: Flight, deadline: float) -> None:
+        """A reader needs bytes of this flight and has until `deadline` (trio time)."""
+        flight.want(deadline)
+        if flight.order is not None and flight.order.priority is Priority.AHEAD:
+            self._fetcher.promote(flight.order)
 
     def abandon(self, obj: RemoteObject) -> None:
         """Nobody has the object open: flights that nobody waits for and that are far from their end are cancelled."""
@@ -254,8 +277,13 @@ class Flights:
             expect_version=obj.version,
             segment_path=self._store.segment_path(obj.key, flight.extent.start),
             priority=Priority.DEMAND if flight.wanted else flight.priority,
+            turn=flight.turn,
         )
-        fetched: Fetched = await self._fetcher.fetch(order, landed)
+        flight.order = order
+        try:
+            fetched: Fetched = await self._fetcher.fetch(order, landed)
+        finally:
+            flight.order = None
         if obj.generation != generation:
             raise errors.ObjectChangedError(f"{obj.label}: the object has changed in its store")
         obj.adopt(fetched.version)

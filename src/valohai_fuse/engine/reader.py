@@ -196,7 +196,7 @@ class Reader:
         self._look_ahead(obj, handle, plan)
         flights = self._flights.covering(obj, extent)
         for flight in flights:
-            flight.want(deadline)
+            self._flights.want(flight, deadline)
         for flight in flights:
             await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
             handle.check()

@@ -17,8 +17,8 @@ import contextlib
 import logging
 import os
 import re
-import ssl
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ import trio
 
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.fetch import wire
+from valohai_fuse.fetch.authorities import system_ca_file
 from valohai_fuse.fetch.process import WorkerProcess
 from valohai_fuse.ports import FailureKind, Fetched, FetchFailed, FetchOrder, Landed, Metrics, Priority
 
@@ -35,12 +36,6 @@ _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
 _WARM_BONUS = 4
 """How many more orders a worker may have under way than another and still get one for its idle connection."""
-_CA_FILES = (
-    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine, Arch
-    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL, Amazon Linux
-    "/etc/ssl/ca-bundle.pem",  # SUSE
-    "/etc/ssl/cert.pem",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +64,10 @@ class _Ticket:
     result: Fetched | BaseException | None = None
     worker: _Worker | None = None
     landed_bytes: int = 0
+
+
+def _turn(ticket: _Ticket) -> int:
+    return ticket.order.turn
 
 
 @dataclass(eq=False, slots=True)
@@ -113,7 +112,8 @@ class WorkerPool:
             ca_file=system_ca_file(),
             extra_ca_file=ca_file,
         )
-        self._waiting: dict[Priority, deque[_Ticket]] = {priority: deque() for priority in Priority}
+        self._waiting: dict[Priority, list[_Ticket]] = {priority: [] for priority in Priority}
+        """Ascending by turn: tasks that order do not run in the order in which the engine began them."""
         self._workers: list[_Worker] = []
         self._active = 0
         self._active_ahead = 0
@@ -136,7 +136,7 @@ class WorkerPool:
         finally:
             for queue in self._waiting.values():
                 while queue:
-                    self._end(queue.popleft(), _lost("the pool is closed"))
+                    self._end(queue.pop(0), _lost("the pool is closed"))
 
     def prewarm(self) -> None:
         """Starts a worker if none runs, so that the first order does not wait for one."""
@@ -154,7 +154,7 @@ class WorkerPool:
         ticket = _Ticket(self._next_id, order, framed, landed, order.priority, _origin(order.lease.url))
         if self._nursery is None:
             raise _lost("the pool is closed")
-        self._waiting[ticket.priority].append(ticket)
+        insort(self._waiting[ticket.priority], ticket, key=_turn)
         self._assign()
         try:
             await ticket.ended.wait()
@@ -168,12 +168,12 @@ class WorkerPool:
 
     def promote(self, order: FetchOrder) -> None:
         """A reader now waits for this AHEAD order (the same object that was given to `fetch`): if it has not been sent, it
-        moves to the end of the demand queue. No such order: nothing happens."""
+        moves to the demand queue. No such order: nothing happens."""
         for ticket in self._waiting[Priority.AHEAD]:
             if ticket.order is order:
                 self._waiting[Priority.AHEAD].remove(ticket)
                 ticket.priority = Priority.DEMAND
-                self._waiting[Priority.DEMAND].append(ticket)
+                insort(self._waiting[Priority.DEMAND], ticket, key=_turn)
                 self._assign()
                 return
 
@@ -208,9 +208,9 @@ class WorkerPool:
         if self._active >= self._connections:
             return None
         if self._waiting[Priority.DEMAND]:
-            return self._waiting[Priority.DEMAND].popleft()
+            return self._waiting[Priority.DEMAND].pop(0)
         if self._waiting[Priority.AHEAD] and self._active_ahead < self._ahead_max:
-            return self._waiting[Priority.AHEAD].popleft()
+            return self._waiting[Priority.AHEAD].pop(0)
         return None
 
     def _choose(self, origin: str) -> _Worker | None:
@@ -382,20 +382,6 @@ async def open_pool(pool: WorkerPool) -> AsyncIterator[WorkerPool]:
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
-
-
-def system_ca_file() -> str | None:
-    """The PEM bundle of the authorities that this system trusts ($SSL_CERT_FILE, the distribution's, certifi's). libcurl comes
-    in a wheel and does not know where this distribution keeps them."""
-    configured = ssl.get_default_verify_paths().cafile
-    for path in filter(None, (configured, *_CA_FILES)):
-        if os.access(path, os.R_OK):
-            return path
-    try:
-        import certifi  # noqa: PLC0415 - comes with httpx; only needed on images without ca-certificates
-    except ImportError:
-        return None
-    return certifi.where()
 
 
 def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:

@@ -206,7 +206,8 @@ class Transfer:
     def broken(self, code: int, message: str) -> Rejected:
         """What it means that libcurl gave up with `code`. An error status that came before that counts for more."""
         proxy_status = self.curl.getinfo(pycurl.HTTP_CONNECTCODE)
-        if code != pycurl.E_OK and proxy_status >= 300:
+        if proxy_status >= 300:
+            self._head_lines.clear()  # the proxy's words, not the store's
             return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
         if self._head_lines and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")

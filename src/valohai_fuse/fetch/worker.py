@@ -191,9 +191,10 @@ class Worker:
                 landed = transfer.advance(now_s)
                 if landed is not None:
                     self._post(landed)
-                if transfer.surplus:
+                stalled = now_s - transfer.progress_at_s >= self._configure.stall_timeout_s
+                if transfer.surplus or (stalled and transfer.complete):
                     self._conclude(transfer, now_s)
-                elif now_s - transfer.progress_at_s >= self._configure.stall_timeout_s:
+                elif stalled:
                     raise Rejected(FailureKind.TRANSIENT, "nothing came for the stall timeout")  # noqa: TRY301 - one way out
             except Rejected as rejected:
                 self._fail(transfer, rejected)

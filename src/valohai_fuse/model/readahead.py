@@ -30,8 +30,8 @@ TRUSTED_RUN_BYTES = 128 * 1024
 """Read in sequence before anything is fetched ahead: one full request of an untuned kernel."""
 
 WINDOW_BYTES_MIN = 1024 * 1024
-WINDOW_GROWTH = 4
-"""The window is this many times what was read in sequence: full speed after four refills."""
+WINDOW_GROWTH = 1
+"""The window is this many times what was read in sequence: a stream that stops costs at most as much again."""
 
 REORDER_BYTES = 2 * 1024 * 1024
 """How far behind the cursor a late piece of the kernel's readahead may lie (two of its 1 MiB windows)."""

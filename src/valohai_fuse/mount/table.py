@@ -96,12 +96,15 @@ def has_admin_capability() -> bool:
 
 
 def answers(mountpoint: str, timeout_s: float = 2.0) -> bool | None:
-    """Whether a file system answers a stat there: True, False (ENOTCONN: its daemon is gone), None (no answer in time)."""
+    """Whether the file system there answers: True, False (ENOTCONN: its daemon is gone), None (no answer in time).
+
+    Asks statfs, which always reaches the daemon; the attributes that `stat` wants, the kernel has for ever.
+    """
     outcome: list[bool] = []
 
     def ask() -> None:
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)
         except OSError as error:
             outcome.append(error.errno not in {errno.ENOTCONN, errno.ECONNABORTED})
         else:

@@ -121,10 +121,24 @@ class RuntimeDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the directory's lock; waits for whoever has it (they hold it for milliseconds)."""
-        descriptor = os.open(
-            os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+        """Guards the records; waits for whoever has it (they hold it for milliseconds)."""
+        with self._locked("lock"):
+            yield
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Lets one command at a time look at mount points and mount there; waits for the one before, until its mounts answer.
+
+        Makes the directory. Raises as `ensure` does.
+        """
+        self.ensure()
+        with self._locked("starting.lock"):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(os.path.join(self.path, name), flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

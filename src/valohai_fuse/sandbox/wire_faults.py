@@ -52,11 +52,8 @@ def truncate_after(body_bytes: int) -> Fault:
 
 def stall_after(body_bytes: int, seconds: float | None = None) -> Fault:
     """After so many bytes nothing comes, for ever or for so long."""
-    return (
-        _changed("stall_after", cut_after_bytes=body_bytes, ending=Ending.STALL, resume_after_s=seconds)
-        if (seconds is None)
-        else _changed("stall_after", cut_after_bytes=body_bytes, resume_after_s=seconds)
-    )
+    ending = Ending.STALL if seconds is None else Ending.KEEP_ALIVE
+    return _changed("stall_after", cut_after_bytes=body_bytes, resume_after_s=seconds, ending=ending)
 
 
 def no_answer() -> Fault:

@@ -38,7 +38,18 @@ class Contents:
 class OpenSegment:
     """One segment's descriptor. `contents` is None as long as there is no sound header of this very segment."""
 
-    __slots__ = ("__weakref__", "_first_block", "_header", "contents", "fd", "file_id", "index", "key", "never_waits")
+    __slots__ = (
+        "__weakref__",
+        "_first_block",
+        "_header",
+        "contents",
+        "fd",
+        "file_id",
+        "index",
+        "key",
+        "never_waits",
+        "used",
+    )
 
     def __init__(self, fd: int, key: ObjectKey, index: int, *, never_waits: bool) -> None:
         """Takes over `fd`. `never_waits`: the file is in memory, an ordinary read of it is as good as a nowait one."""
@@ -46,6 +57,8 @@ class OpenSegment:
         self.key = key
         self.index = index
         self.never_waits = never_waits
+        self.used = False
+        """Read since the store last marked what was used."""
         self.file_id: tuple[int, int] | None = None
         self.contents: Contents | None = None
         self._first_block = index * SEGMENT_BLOCKS

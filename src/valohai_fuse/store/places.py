@@ -14,6 +14,7 @@ need no lock (see `store.opened`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -30,6 +31,8 @@ from valohai_fuse.store.opened import Contents, OpenSegment
 FAULTS_TOLERATED = 2
 FAULT_MEMORY_S = 600.0
 _FAULTS_MAX = 4096
+_USED_MAX = 65536
+"""Segments read between two touches; what is beyond passes for as old as its last touch."""
 
 Place = tuple[ObjectKey, int]
 """An object and the index of one of its segments."""
@@ -56,6 +59,7 @@ class Places:
         self._opened: LRUCache[Place, OpenSegment] = LRUCache(max(1, descriptors_max))
         self._memory = MemorySegments(memory_bytes_max)
         self._faults: TTLCache[Place, int] = TTLCache(_FAULTS_MAX, FAULT_MEMORY_S, timer=monotonic)
+        self._used: set[Place] = set()
         self.blocks_distrusted = 0
 
     def close(self) -> None:
@@ -168,6 +172,30 @@ class Places:
             if index_text and set(index_text) <= set("0123456789abcdef"):
                 indexes.add(int(index_text, 16))
         return sorted(indexes)
+
+    # --- what is used ---------------------------------------------------------------------------------------------------
+
+    def mark_used(self, opened: OpenSegment) -> None:
+        """Remembers, until `touch_used`, that the segment was read. Costs next to nothing the second time."""
+        if opened.file_id is None:
+            opened.used = True
+            return
+        with self._lock:
+            if len(self._used) < _USED_MAX:
+                opened.used = True
+                self._used.add((opened.key, opened.index))
+
+    def touch_used(self) -> None:
+        """Sets the time of the files that were read, by which evictors of all processes see what is in use. Blocks."""
+        with self._lock:
+            used, self._used = self._used, set()
+            for place in used:
+                opened = self._opened.get(place)
+                if opened is not None:
+                    opened.used = False
+        for place in used:
+            with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that takes no writes
+                os.utime(self.path(place), follow_symlinks=False)
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 

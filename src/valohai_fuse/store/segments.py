@@ -115,6 +115,11 @@ class SegmentStore:
             open_segments, memory_segments, memory_bytes, self._places.blocks_distrusted, self._health.well
         )
 
+    def touch_used(self) -> None:
+        """Marks on disk which segments were read since the last call, for the evictors of all processes. Blocks: call it in
+        a thread (`store.evictor` does)."""
+        self._places.touch_used()
+
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
@@ -210,6 +215,8 @@ class SegmentStore:
             try:
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
+                    if not run.opened.used:
+                        self._places.mark_used(run.opened)
                     continue
                 if not nowait:
                     self._places.distrust(run.opened, run.contents, bad)
