@@ -21,6 +21,8 @@ from valohai_fuse.errors import (
 )
 from valohai_fuse.ports import FileRef, Lease
 
+pytestmark = pytest.mark.expect_warnings("its URLs could not be renewed")
+
 EPOCH_S = 1_761_991_200
 
 
