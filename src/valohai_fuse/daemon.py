@@ -20,12 +20,9 @@ import msgspec
 import trio
 
 from valohai_fuse import errors
-from valohai_fuse.engine.flights import Flights
-from valohai_fuse.engine.leases import Leases
-from valohai_fuse.engine.reader import Reader
+from valohai_fuse.assembly import open_fetching
+from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
-from valohai_fuse.engine.sizing import Sizing
-from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Inspection
 from valohai_fuse.model.eviction import Budget
@@ -35,13 +32,13 @@ from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
-from valohai_fuse.sources import api_file, manifest_file
+from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.sources.size_probe import HttpSizeProbe
-from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.warming import Warming
 
 log = logging.getLogger(__name__)
 
@@ -81,79 +78,25 @@ class Daemon:
             catalogue = Catalogue(manifest, self.tree)
             store = SegmentStore(settings.cache_dir)
             stack.callback(store.close)
-            nursery = await stack.enter_async_context(trio.open_nursery())
-            stack.callback(nursery.cancel_scope.cancel)
+            fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
             evictor = Evictor(settings.cache_dir, _budget(settings), touch_used=store.touch_used)
             nursery.start_soon(evictor.run)
-            pool = await stack.enter_async_context(open_pool(self._pool()))
-            api = self._api()
-            if api is not None:
-                stack.push_async_callback(api.aclose)
-            leases = Leases(
-                api,
-                nursery=nursery,
-                clock=time.time,
-                margin_s=settings.renew_margin,
-                api_path=api_file.path_in(settings.config_dir),
+            self.warming = Warming(
+                nursery, self.tree, spec.mountpoint, lambda: fetching.prefetch(InCache(), Priority.AHEAD)
             )
-            probe = await stack.enter_async_context(
-                HttpSizeProbe(clock=time.time, ca_file=settings.ca_file, connect_timeout_s=settings.connect_timeout)
+            self.inspection = Inspection(
+                spec, catalogue, store, fetching.reader, fetching.leases, self.metrics, began_at_s=time.time()
             )
-            sizing = Sizing(
-                nursery=nursery,
-                tree=self.tree,
-                probe=probe,
-                leases=leases,
-                metrics=self.metrics,
-                describe=catalogue.file,
-                timeout_s=settings.read_timeout,
-            )
-            flights = Flights(nursery=nursery, fetcher=pool, store=store, leases=leases, metrics=self.metrics)
-            reader = Reader(
-                store=store,
-                flights=flights,
-                metrics=self.metrics,
-                describe=catalogue.object,
-                read_timeout_s=settings.read_timeout,
-                window_bytes_max=settings.readahead,
-                window_bytes_total=settings.readahead_total,
-            )
-            self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
             self.operations = Operations(
                 tree=self.tree,
-                reader=reader,
-                sizing=sizing,
-                siblings=SiblingAhead(self.tree, reader.fetch_ahead),
+                reader=fetching.reader,
+                sizing=fetching.sizing,
+                siblings=SiblingAhead(self.tree, fetching.reader.fetch_ahead),
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=self.inspection.attributes if settings.xattrs else None,
             )
             await self._serve(nursery, report)
-
-    def _pool(self) -> WorkerPool:
-        settings = self.settings
-        return WorkerPool(
-            metrics=self.metrics,
-            workers=settings.workers,
-            connections=settings.connections,
-            connect_timeout_s=settings.connect_timeout,
-            stall_timeout_s=settings.stall_timeout,
-            ca_file=settings.ca_file,
-        )
-
-    def _api(self) -> ValohaiApi | None:
-        """None without an api.json, which is fine until a renewal is needed."""
-        settings = self.settings
-        request = api_file.load(settings.config_dir)
-        if request is None:
-            return None
-        return ValohaiApi(
-            request,
-            clock=time.time,
-            parameter=settings.api_input_parameter,
-            ca_file=settings.ca_file,
-            connect_timeout_s=settings.connect_timeout,
-        )
 
     async def _serve(self, nursery: trio.Nursery, report: ReportPipe) -> None:
         settings, spec = self.settings, self.spec
@@ -166,7 +109,12 @@ class Daemon:
             if not kernel.tune(spec.mountpoint, readahead_bytes=settings.kernel_readahead):
                 log.info("the kernel's readahead could not be raised: large sequential reads cost more CPU")
             if spec.control_path:
-                handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
+                handlers = {
+                    "status": self.inspection.status,
+                    "info": self.inspection.info,
+                    "unmount": self._on_unmount,
+                    **self.warming.handlers,
+                }
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
             files, size, _ = self.tree.totals()

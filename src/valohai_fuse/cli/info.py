@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from valohai_fuse.cli import output
+from valohai_fuse.cli import mounted_paths, output
 from valohai_fuse.cli.options import verb
 from valohai_fuse.errors import UsageError
-from valohai_fuse.mount import table
 from valohai_fuse.obs.control_client import NoAnswerError, ask
 from valohai_fuse.obs.redaction import redact
 from valohai_fuse.obs.runtime_dir import MountRecord, RuntimeDir
@@ -50,29 +49,15 @@ def info(settings: Settings, paths: tuple[str, ...], for_programs: bool) -> int:
 
 
 def _ask(records: list[MountRecord], path: str) -> dict[str, Any]:
-    absolute = os.path.abspath(path)
-    # The path is asked as it is written first: resolving it would touch the mount for each of its components.
-    found = _record_of(records, absolute) or _record_of(records, os.path.realpath(absolute))
+    found = mounted_paths.find(records, path)
     if found is None:
-        entry = table.containing(os.path.realpath(absolute))
-        where = f"on {entry.file_system_type}" if entry is not None else "nowhere"
-        raise UsageError(
-            f"{path} is not below a mount of valohai-fuse but {where}", hint="valohai-fuse status shows the mounts"
-        )
+        raise mounted_paths.not_ours(path)
     record, inside = found
     try:
         answer = ask(record.control_path, "info", timeout_s=_ANSWER_S, path=inside)
     except NoAnswerError as error:
         raise UsageError(f"{path}: {error.message}", hint="valohai-fuse status says how the mount is doing") from None
-    return {**answer, "path": absolute}
-
-
-def _record_of(records: list[MountRecord], absolute: str) -> tuple[MountRecord, str] | None:
-    """The innermost mount that holds the path, and the path inside it."""
-    for record in sorted(records, key=lambda r: -len(r.mountpoint)):
-        if absolute == record.mountpoint or absolute.startswith(record.mountpoint + "/"):
-            return record, absolute[len(record.mountpoint) :].strip("/")
-    return None
+    return {**answer, "path": os.path.abspath(path)}
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ class Flight:
         "priority",
         "scope",
         "turn",
+        "urgent",
         "waiters",
     )
 
@@ -75,6 +76,8 @@ class Flight:
         self.waiters: list[tuple[int, trio.Event]] = []
         self.deadline = 0.0
         """Trio time until which somebody waits; in the past when nobody does."""
+        self.urgent = False
+        """A read waits for it: it goes before everything that is only fetched ahead."""
         self.scope = trio.CancelScope()
 
     @property
@@ -101,12 +104,12 @@ class Flight:
         self._check(upto)
 
     def want(self, deadline: float) -> None:
-        """A reader needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
+        """Somebody needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
         self.deadline = max(self.deadline, deadline)
 
     @property
     def wanted(self) -> bool:
-        """Whether a reader needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
+        """Whether somebody needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
         return self.deadline > 0
 
     def _check(self, upto: int) -> None:
@@ -175,8 +178,9 @@ class Flights:
         return [flight for flight in obj.flights if flight.coming.overlaps(extent)]
 
     def want(self, flight: Flight, deadline: float) -> None:
-        """A reader needs bytes of this flight and has until `deadline` (trio time)."""
+        """A read needs bytes of this flight and has until `deadline` (trio time): it overtakes what nobody reads yet."""
         flight.want(deadline)
+        flight.urgent = True
         if flight.order is not None and flight.order.priority is Priority.AHEAD:
             self._fetcher.promote(flight.order)
 
@@ -276,7 +280,7 @@ class Flights:
             lease=lease,
             expect_version=obj.version,
             segment_path=self._store.segment_path(obj.key, flight.extent.start),
-            priority=Priority.DEMAND if flight.wanted else flight.priority,
+            priority=Priority.DEMAND if flight.urgent else flight.priority,
             turn=flight.turn,
         )
         flight.order = order

@@ -230,13 +230,15 @@ class Reader:
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
         self._begin_ahead(obj, plan.ahead)
 
+    def gaps(self, obj: RemoteObject, wanted: Extent) -> list[Extent]:
+        """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known."""
+        if not self._version_known(obj, wanted.start):
+            return [wanted]
+        assert obj.version is not None
+        return self._store.missing(obj.key, obj.version, wanted)
+
     def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
-        if self._version_known(obj, wanted.start):
-            assert obj.version is not None
-            gaps = self._store.missing(obj.key, obj.version, wanted)
-        else:
-            gaps = [wanted]
-        for gap in gaps:
+        for gap in self.gaps(obj, wanted):
             self._metrics.count("ahead_bytes", len(gap))
             self._flights.begin(obj, gap, Priority.AHEAD)
 
