@@ -24,7 +24,7 @@ from valohai_fuse.assembly import open_fetching
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.handshake import MountSpec, Report, failed
-from valohai_fuse.inspection import Catalogue, Inspection
+from valohai_fuse.inspection import Catalogue, Facts, Inspection
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.tree import build
 from valohai_fuse.mount import kernel
@@ -32,6 +32,7 @@ from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.occupancy import Occupancy
 from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import manifest_file
@@ -84,8 +85,19 @@ class Daemon:
             self.warming = Warming(
                 nursery, self.tree, spec.mountpoint, lambda: fetching.prefetch(InCache(), Priority.AHEAD)
             )
+            facts = Facts(catalogue, store, spec.mountpoint)
+            occupancy = Occupancy(
+                nursery, self.tree, facts.wait_cached_bytes, lambda: self.metrics.snapshot()["fetched_bytes"]
+            )
             self.inspection = Inspection(
-                spec, catalogue, store, fetching.reader, fetching.leases, self.metrics, began_at_s=time.time()
+                spec,
+                self.tree,
+                facts,
+                occupancy,
+                fetching.reader,
+                fetching.leases,
+                self.metrics,
+                began_at_s=time.time(),
             )
             self.operations = Operations(
                 tree=self.tree,
@@ -94,7 +106,7 @@ class Daemon:
                 siblings=SiblingAhead(self.tree, fetching.reader.fetch_ahead),
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
-                attributes_of=self.inspection.attributes if settings.xattrs else None,
+                attributes_of=facts.attributes if settings.xattrs else None,
             )
             await self._serve(nursery, report)
 
@@ -222,7 +234,8 @@ def main() -> int:
     report = ReportPipe(int(sys.argv[2]))
     settings = Settings(**spec.settings)
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
-    logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
+    log_file = None if spec.log_to_stderr else settings.log_file
+    logs.configure(settings.log_level, log_file=log_file, subject=subject, echo_level=spec.echo_level)
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

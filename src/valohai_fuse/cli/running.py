@@ -17,7 +17,7 @@ import click
 
 from valohai_fuse import settings as environment
 from valohai_fuse.cli import output, starting, unmounting
-from valohai_fuse.cli.options import ALL_GROUPS, verb
+from valohai_fuse.cli.options import ALL_GROUPS, verb, was_given
 from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.settings import Settings
 from valohai_fuse.supervisor import Plan
@@ -58,7 +58,7 @@ def run(
     """Runs `command` over the mounts; its exit status."""
     running = None
     with RuntimeDir(settings.runtime_dir).starting():
-        plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, to_stderr=True)
+        plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, echo_level=_echo_level(settings))
         if plan is None:
             output.say(f"nothing to mount: no input in {settings.config_dir} has files on demand")
         else:
@@ -72,6 +72,11 @@ def run(
         if running is not None and plan is not None:
             _unmount(running, plan)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _echo_level(settings: Settings) -> str:
+    """What of the log stands between the command's own lines on stderr: warnings, or what was asked for."""
+    return settings.log_level if was_given("log_level") and settings.log_file is None else "WARNING"
 
 
 def _run_to_end(command: tuple[str, ...], locations: dict[str, str], mask: set[signal.Signals | int]) -> int:
