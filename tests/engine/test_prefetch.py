@@ -99,6 +99,7 @@ def test_sizes_that_are_not_known_are_asked_for() -> None:
             await prefetch.run(tree.walk_files(ROOT))
         progress = prefetch.progress()
         assert (progress.files_done, progress.files_failed) == (4, 0)
+        assert progress.bytes == progress.bytes_done == 2 * SEGMENT_BYTES + 10 + 5
         assert cached(rig, "big") == 2 * SEGMENT_BYTES
         assert not [o for o in rig.fetcher.orders if o.key.stable_id == "here"]
 

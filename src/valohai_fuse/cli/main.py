@@ -41,6 +41,7 @@ VERBS: Final = {
     "status": ("status:status", "Show what is mounted and how it is doing."),
     "info": ("info:info", "Show what Valohai knows of a file and how much of it is cached."),
     "prefetch": ("prefetching:prefetch", "Fetch files or directories into the cache."),
+    "download": ("downloading:download", "Download inputs as ordinary files, without FUSE."),
     "doctor": ("doctor:doctor", "Say what is missing on this machine, and how to get it."),
     "demo": ("demo:demo", "See it work without a Valohai account."),
 }

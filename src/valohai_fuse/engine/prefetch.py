@@ -174,10 +174,11 @@ class Prefetch:
         try:
             async with send:
                 try:
-                    self._bytes += await self._sizing.wait_known(inode)
+                    size = await self._sizing.wait_known(inode)
                 except errors.ReadError as error:
                     self._fail(inode, error)
                 else:
+                    self._bytes += size
                     await self._offer(inode, send)
         finally:
             self._unsized.release()
