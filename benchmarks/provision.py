@@ -102,7 +102,7 @@ def versions(tools: Tools) -> dict[str, str]:
         "nginx": ["nginx", "-v"],
         "Python": [sys.executable, "--version"],
     }
-    found = {name: _first_line(command) for name, command in asked.items()}
+    found = {name: _version_line(name, command) for name, command in asked.items()}
     found["from PyPI"] = ", ".join(_PEER_PACKAGES)
     return {name: text for name, text in found.items() if text}
 
@@ -118,10 +118,14 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {processor}, {memory_gib:.0f} GiB, Linux {platform.release()}"
 
 
-def _first_line(command: list[str]) -> str:
+def _version_line(name: str, command: list[str]) -> str:
+    """The first line that names the program (some print their libraries' versions before), cut where features begin."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
     except OSError:
         return ""
-    text = (done.stdout or done.stderr).strip()
-    return text.splitlines()[0] if text and done.returncode == 0 else ""
+    if done.returncode != 0:
+        return ""
+    lines = f"{done.stdout}\n{done.stderr}".strip().splitlines()
+    named = [line for line in lines if name.lower() in line.lower()]
+    return (named or lines or [""])[0].partition(" (")[0]
