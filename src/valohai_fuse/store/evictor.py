@@ -39,7 +39,7 @@ INTERVAL_S = 5.0
 _SCAN_SHARE_MAX = 0.05
 """Of its time the evictor spends at most this share scanning: a huge or slow directory is scanned more rarely. Not so where
 fetches wait for room: then a scan follows upon the other, and each frees the whole slack."""
-_FRUITLESS_PAUSE_S = 0.2
+_FRUITLESS_PAUSE_S = 0.05
 """After a pass that was wanted and freed nothing: others have the lock, or all is in use, or the disk is full of others' files."""
 _LOCK_PATIENCE_S = 0.5
 """How long a pass that is wanted waits for another process's to end."""
@@ -154,11 +154,11 @@ class Evictor:
             if self._room is None:
                 await trio.sleep(pause_s)
                 continue
-            self._room.notify()
-            if self._room.wanted.is_set():
-                self._room.wanted = trio.Event()
-                if not done.evicted_segments:
-                    await trio.sleep(_FRUITLESS_PAUSE_S)
+            fruitless = self._room.wanted.is_set() and not done.evicted_segments
+            self._room.wanted = trio.Event()
+            self._room.notify(fruitless=fruitless)
+            if fruitless:
+                await trio.sleep(max(_FRUITLESS_PAUSE_S, took_s))
             with trio.move_on_after(pause_s):
                 await self._room.wanted.wait()
 
@@ -185,7 +185,7 @@ class Evictor:
             lacking = budget.lacking_bytes(free_bytes, capacity_bytes)
         if not budget.bytes_max and not lacking:
             return Pass()
-        before = room.records_now() if room is not None else {}
+        before = room.records_swept() if room is not None else {}
         segments = cached_bytes = 0
         for found in scan(self._cache_dir):
             segments += 1

@@ -36,8 +36,7 @@ TOUCH_AGE_S = 10.0
 """A file that is younger is not touched. So what a reader streams through keeps the order in which it landed, and what was
 read already goes before what was fetched ahead."""
 READING_S = 5.0
-READING_SEGMENTS = 2
-"""The segments of an object that were last read, if that was less than READING_S ago, are being read."""
+"""The segment of an object that was last read, if that was less than READING_S ago, is being read."""
 _USED_MAX = 65536
 """Segments read between two touches; what is beyond passes for as old as its last touch."""
 
@@ -215,18 +214,16 @@ class Places:
                     os.utime(path, follow_symlinks=False)
 
     def being_read(self) -> set[str]:
-        """Names, below the format's directory, of the segments that readers are at, READING_SEGMENTS of each object."""
+        """Names, below the format's directory, of the segments that readers are at: of each object the last one."""
         since_s = self._monotonic() - READING_S
+        latest: dict[ObjectKey, OpenSegment] = {}
         with self._lock:
-            recent = [opened for opened in self._opened.values() if opened.read_at_s > since_s]
-        recent.sort(key=lambda opened: opened.read_at_s, reverse=True)
-        names: set[str] = set()
-        counts: dict[ObjectKey, int] = {}
-        for opened in recent:
-            counts[opened.key] = counts.get(opened.key, 0) + 1
-            if counts[opened.key] <= READING_SEGMENTS:
-                names.add(self.name((opened.key, opened.index)))
-        return names
+            for opened in self._opened.values():
+                if opened.read_at_s > since_s and (
+                    opened.key not in latest or latest[opened.key].read_at_s < opened.read_at_s
+                ):
+                    latest[opened.key] = opened
+        return {self.name((opened.key, opened.index)) for opened in latest.values()}
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 

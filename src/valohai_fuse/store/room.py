@@ -45,6 +45,8 @@ _RETRY_S: Final = 0.05
 _JOIN_ATTEMPTS_MAX = 4
 _RECORD = struct.Struct("<QQQ")
 _NOTHING = (0, 0, 0)
+_OURS = ""
+"""Our record among the others', which go by their file's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,13 @@ class Room:
         self._others: dict[str, int] = {}
         """Descriptors of the other processes' records."""
         self._listed_at_ns = 0
+        self._missed_one = False
         self._locks_work = True
         self.wanted = trio.Event()
         """Set when an eviction should not wait for its turn; replaced by the evictor."""
         self._changed = trio.Event()
+        self._fruitless = 0
+        """Passes that were wanted and freed nothing."""
 
     def close(self) -> None:
         """Gives the descriptors back; whoever scans next removes our record."""
@@ -105,7 +110,8 @@ class Room:
         return fits
 
     async def reserve_soon(self, byte_count: int, patience_s: float) -> bool:
-        """The same, waiting up to `patience_s` for others to end or for the evictor."""
+        """The same, waiting up to `patience_s` for others to end or for the evictor; not once that has found nothing twice."""
+        give_up = self._fruitless + 2
         with trio.move_on_after(patience_s):
             while True:
                 changed = self._changed
@@ -113,6 +119,8 @@ class Room:
                     await changed.wait()
                 if self.reserve(byte_count):
                     return True
+                if self._fruitless >= give_up:
+                    return False
         return False
 
     def release(self, byte_count: int) -> None:
@@ -122,17 +130,23 @@ class Room:
             self._publish()
         self.notify()
 
-    def notify(self) -> None:
-        """Wakes those who wait for room."""
+    def notify(self, *, fruitless: bool = False) -> None:
+        """Wakes those who wait for room. `fruitless`: a pass has looked for what could go and found nothing."""
+        self._fruitless += fruitless
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
     # --- measuring (the evictor's thread) -----------------------------------------------------------------------------
 
-    def records_now(self) -> dict[str, tuple[int, int, int]]:
-        """All processes' records, ours included; those of dead processes are removed. Called before a scan and after it."""
+    def records_swept(self) -> dict[str, tuple[int, int, int]]:
+        """The records of all living processes; those of dead ones are removed. For before a scan."""
         with self._lock:
             self._remove_dead()
+            return self._records()
+
+    def records_now(self) -> dict[str, tuple[int, int, int]]:
+        """All records, as they are. For after a scan."""
+        with self._lock:
             return self._records()
 
     def measured(
@@ -141,6 +155,7 @@ class Room:
         """A scan that began after `before` was read and ended before `after` was has found `cached_bytes`."""
         with self._lock:
             self._baseline = Baseline(before, after, cached_bytes)
+            self._missed_one = False
 
     def evicted(self, byte_count: int) -> None:
         """We have freed that much."""
@@ -189,16 +204,17 @@ class Room:
     def _used(self) -> int:
         now = self._records()
         if self._baseline is None:
-            others = {name: record for name, record in now.items() if name != self._own_name}
+            others = {name: record for name, record in now.items() if name != _OURS}
             self._baseline = Baseline(others, now, self._budget.bytes_max, provisional=True)
-        elif any(name not in now for name in self._baseline.before):
+        elif self._missed_one:
             # Somebody's record was removed: what it held since our scan is unknown until the next one.
             self._baseline = Baseline(now, now, self._budget.bytes_max, provisional=True)
+        self._missed_one = False
         base = self._baseline
         used = base.cached_bytes
         for name, (granted, _, evicted) in now.items():
             used += granted - base.before.get(name, _NOTHING)[1]
-            if name == self._own_name or self._locks_work:
+            if name == _OURS or self._locks_work:
                 # Others evict under the lock that the scan was made under: what they report since was there then.
                 used -= evicted - base.after.get(name, _NOTHING)[2]
         return used
@@ -243,7 +259,7 @@ class Room:
 
     def _records(self) -> dict[str, tuple[int, int, int]]:
         self._list_others()
-        records = {self._own_name: (self._granted, self._over, self._evicted)}
+        records = {_OURS: (self._granted, self._over, self._evicted)}
         for name, fd in self._others.items():
             with contextlib.suppress(OSError):
                 found = os.pread(fd, _RECORD.size, 0)
@@ -259,8 +275,11 @@ class Room:
             names = set(os.listdir(self._shares_dir)) - {self._own_name}
         except OSError:
             return
-        for name in [name for name in self._others if name not in names]:
+        gone = [name for name in self._others if name not in names]
+        for name in gone:
             os.close(self._others.pop(name))
+        if gone or (self._listed_at_ns and names == self._others.keys()):  # the same: one came and went
+            self._missed_one = True
         for name in names - self._others.keys():
             with contextlib.suppress(OSError):
                 self._others[name] = os.open(
@@ -276,6 +295,7 @@ class Room:
             if self._is_dead(fd):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self._shares_dir, name))
+                self._missed_one = True
                 os.close(self._others.pop(name))  # and with it the lock that `_is_dead` took
 
     def _is_dead(self, fd: int) -> bool:
