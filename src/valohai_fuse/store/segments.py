@@ -150,16 +150,17 @@ class SegmentStore:
         """The bytes of `extent`, read in a thread; ABSENT when the disk takes longer than the store's patience."""
         with trio.move_on_after(self._patience_s):
             return await trio.to_thread.run_sync(
-                self._read_waiting, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
+                self.read_blocking, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
             )
         self._warnings.warn("slow", f"the cache disk did not answer for {self._patience_s:g} s; fetching again instead")
         for part in split_by_segment(extent):
             self._places.fault((key, part.start // SEGMENT_BYTES))
         return ABSENT
 
-    def _read_waiting(
+    def read_blocking(
         self, key: ObjectKey, version: Version, extent: Extent
     ) -> bytearray | memoryview | bytes | NotHere:
+        """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
 
     def _read(
