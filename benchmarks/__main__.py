@@ -158,6 +158,9 @@ def main(argv: list[str]) -> int:
 
 def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools, workloads: list[Workload]) -> int:
     chosen = _chosen_peers(arguments, tools)
+    if not arguments.quick:
+        say("touching the memory of this machine")
+        provision.settle_memory()
     say("making the data set")
     dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
     dataset.make()

@@ -6,6 +6,7 @@ package that ships the newest binary, for distributions carry one that is years 
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import shutil
@@ -129,3 +130,22 @@ def _version_line(name: str, command: list[str]) -> str:
     lines = f"{done.stdout}\n{done.stderr}".strip().splitlines()
     named = [line for line in lines if name.lower() in line.lower()]
     return (named or lines or [""])[0].partition(" (")[0]
+
+
+SETTLED_SHARE = 0.75
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not in Python's mmap module
+
+
+def settle_memory() -> None:
+    """Touches most of the free memory once.
+
+    A virtual machine gets its memory from the host on first touch, at 0.6 GB/s here; afterwards the same page cache takes
+    5.6 GB/s. Without this the first peers to run pay for the memory that later ones find ready.
+    """
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+    with mmap.mmap(-1, int(available * SETTLED_SHARE)) as memory:
+        try:
+            memory.madvise(_POPULATE_WRITE)
+        except OSError:
+            return  # an older kernel: the warm-up rounds will have to do
