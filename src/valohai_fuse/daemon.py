@@ -41,6 +41,7 @@ from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
+from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import SegmentStore
 
 log = logging.getLogger(__name__)
@@ -79,11 +80,15 @@ class Daemon:
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
-            store = SegmentStore(settings.cache_dir)
+            budget = _budget(settings)
+            room = Room(settings.cache_dir, budget)
+            store = SegmentStore(settings.cache_dir, room=room)
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            evictor = Evictor(settings.cache_dir, _budget(settings), touch_used=store.touch_used)
+            evictor = Evictor(
+                settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
+            )
             nursery.start_soon(evictor.run)
             pool = await stack.enter_async_context(open_pool(self._pool()))
             api = self._api()
@@ -115,8 +120,8 @@ class Daemon:
                 metrics=self.metrics,
                 describe=catalogue.object,
                 read_timeout_s=settings.read_timeout,
-                window_bytes_max=settings.readahead,
-                window_bytes_total=settings.readahead_total,
+                window_bytes_max=_within_cache(settings.readahead, settings, share=8),
+                window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
             )
             self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
             self.operations = Operations(
@@ -230,6 +235,11 @@ def _budget(settings: Settings) -> Budget:
     if wanted.endswith("%"):
         return Budget(bytes_max=settings.cache_max_size, free_min_share=float(wanted[:-1]) / 100)
     return Budget(bytes_max=settings.cache_max_size, free_min_bytes=parse_bytes(wanted))
+
+
+def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
+    """Not more than a part of a small cache: what is fetched ahead must still be there when the reader comes."""
+    return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
 
 
 def _no_local_file(path: str) -> int:
