@@ -99,6 +99,7 @@ def test_sizes(raw: bytes, expected: int) -> None:
         (ranged("bytes 1-1/7"), FailureKind.PROTOCOL),
         (response(206, b"x"), FailureKind.PROTOCOL),
         (response(200, b"x", ("Content-Encoding", "gzip")), FailureKind.PROTOCOL),
+        (response(200, b"<html>log in", ("Content-Type", "text/html; charset=utf-8")), FailureKind.PROTOCOL),
         (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", FailureKind.PROTOCOL),
         (response(302, "", ("Location", "file:///etc/passwd")), FailureKind.FORBIDDEN),
         (response(302, "", ("Location", "ftp://h/S3CR3T?S3CR3T")), FailureKind.FORBIDDEN),

@@ -26,6 +26,9 @@ from valohai_fuse.ports import FailureKind, ObjectKey
 
 LAND_BYTES: Final = 1024 * 1024
 LAND_INTERVAL_S: Final = 0.003
+PROGRESS_BYTES: Final = 16 * 1024
+"""So much must come within the stall timeout to count as progress (550 B/s by default): a connection that trickles is as good
+as dead, and a reader would wait for it until its deadline while a new connection serves."""
 ERROR_BODY_BYTES: Final = 4096
 """How much of an error's body is looked at."""
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
@@ -88,7 +91,9 @@ class Transfer:
         so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
-        """When the store last sent anything; a stall is counted from here."""
+        """When the store last sent a head or PROGRESS_BYTES of a body; a stall is counted from here."""
+        self._progress_bytes = 0
+        """Of bodies, as they stood then."""
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
@@ -154,9 +159,11 @@ class Transfer:
         Raises Rejected; OSError from the landing.
         """
         if self._incoming or len(self._head_lines) != self._head_lines_seen:
+            new_head = len(self._head_lines) != self._head_lines_seen
             self._head_lines_seen = len(self._head_lines)
-            self.progress_at_s = now_s
             self._take()
+            if new_head or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
+                self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
         due = self._due_bytes()
         if due == 0 or (
             due < LAND_BYTES
