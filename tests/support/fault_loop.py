@@ -29,6 +29,8 @@ EXTENTS: Final = ((0, 100_000), (5_000_000, 5_100_000), (SIZE_BYTES - 50_000, SI
 READ_TIMEOUT_S: Final = 2.0
 SLACK_S: Final = 5.0
 """A read may end this much after its deadline: the machine may be busy."""
+AT_REST_S: Final = 45.0
+"""A fetch that nobody waits for any more may still wait for the API, which is asked for 30 s at the most."""
 OPPORTUNITIES_MAX: Final = 12
 SIDE_BY_SIDE: Final = 32
 _DIGEST: Final = digest_of(*(read_all(Ramp(SIZE_BYTES), start, stop) for start, stop in EXTENTS))
@@ -156,7 +158,9 @@ class FaultLoop:
         def once(nth: int) -> int:
             name = api_input(kind, f"once-{nth}")
             rule = self._api_rule(kind, name, nth, 1)
-            self._judge(f"api: {kind.name}, once at {nth}", self._read(f"{name}/0.bin"), kind.once if rule.hits else RIGHT)
+            self._judge(
+                f"api: {kind.name}, once at {nth}", self._read(f"{name}/0.bin"), kind.once if rule.hits else RIGHT
+            )
             return rule.hits
 
         return once
@@ -166,6 +170,7 @@ class FaultLoop:
         rule = self._api_rule(kind, name, nth, None)
         what = f"api: {kind.name}, always from {nth}"
         self._judge(what, self._read(f"{name}/0.bin"), kind.always if rule.hits else RIGHT)
+        rule.count = 0
         if self.thoroughness.api_patience_s:
             self._recovers(what, f"{name}/0.bin", rule, self.thoroughness.api_patience_s)
 
@@ -197,7 +202,9 @@ class FaultLoop:
 
     def _judge(self, what: str, outcome: ReadOutcome, allowed: Outcomes) -> None:
         if outcome.errno not in allowed:
-            self.problems.append(f"{what}: {_name(outcome.errno)} instead of {' or '.join(map(_name, sorted(allowed)))}")
+            self.problems.append(
+                f"{what}: {_name(outcome.errno)} instead of {' or '.join(map(_name, sorted(allowed)))}"
+            )
         elif outcome.errno == 0 and outcome.digest != _DIGEST:
             self.problems.append(f"{what}: WRONG BYTES")
         elif outcome.errno and outcome.took_s > 2 * READ_TIMEOUT_S + SLACK_S:
@@ -231,11 +238,13 @@ class FaultLoop:
             return not any(last.values())
 
         try:
-            wait_until("gauges", at_rest, timeout_s=READ_TIMEOUT_S + 10)
+            wait_until("gauges", at_rest, timeout_s=AT_REST_S)
         except AssertionError:
             self.problems.append(f"afterwards: not at rest: {last}")
         log = self.mounted.log()
-        unforeseen = [line for line in log.splitlines() if " ERROR " in line or " CRITICAL " in line or "Traceback" in line]
+        unforeseen = [
+            line for line in log.splitlines() if " ERROR " in line or " CRITICAL " in line or "Traceback" in line
+        ]
         self.problems += [f"logged: {line[:300]}" for line in unforeseen[:10]]
         self.sandbox.assert_token_never_leaked()
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 _PROGRAM = r"""
 import hashlib, json, os, sys, time
@@ -111,6 +111,6 @@ class Readers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for reader in self._all:
             reader.close()

@@ -12,15 +12,17 @@ Invariants: nothing is landed before `response.accept` said yes; bytes land in a
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pycurl
 
 from valohai_fuse.fetch import location, response
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
+from valohai_fuse.model import peers
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
@@ -86,6 +88,8 @@ class Transfer:
         self.fetched_bytes = 0
         """Of all bodies, redirects' included."""
         self.connections_new = 0
+        self.forbidden_peer = False
+        """Whether the host turned out to be at an address that must not be asked."""
         self.single_use = False
         """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
         so such a target is given apart from the URL, which cannot be taken back."""
@@ -129,8 +133,17 @@ class Transfer:
         if self.single_use:
             curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
         curl.setopt(pycurl.HTTPHEADER, headers)
+        self.forbidden_peer = False
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
         curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
+
+    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
+        """libcurl has resolved the host (or the proxy's) and wants to connect to this address of it."""
+        if purpose == pycurl.SOCKTYPE_IPCXN and peers.is_forbidden(str(address.addr[0])):
+            self.forbidden_peer = True
+            return pycurl.SOCKET_BAD
+        return socket.socket(address.family, address.socktype, address.protocol)
 
     def redirect(self) -> bool:
         """After an answer has ended: whether it was a redirect that is to be followed; `prepare` then aims at its target.
@@ -218,6 +231,8 @@ class Transfer:
             return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
         if self._head_lines and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")
+        if self.forbidden_peer:
+            return Rejected(FailureKind.FORBIDDEN, location.FORBIDDEN_PEER)
         words = _CURL_TEXTS.get(code, f"curl error {code}")
         if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
             words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL

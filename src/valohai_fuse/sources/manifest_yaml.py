@@ -50,7 +50,7 @@ class _Measure:
 
     __slots__ = ("anchor", "depth", "weight")
 
-    def __init__(self, anchor: str | None, weight: int) -> None:
+    def __init__(self, anchor: str, weight: int) -> None:
         self.anchor = anchor
         self.weight = weight
         self.depth = 1
@@ -65,14 +65,14 @@ def _check_bounds(text: bytes, origin: str) -> None:
     """Raises ConfigurationError for what must not be built, and YAMLError for what is no YAML."""
     weight_max = max(EXPANDED_BYTES_MIN, EXPANDED_TIMES_MAX * len(text))
     named: dict[str, tuple[int, int]] = {}
-    open_nodes: list[_Measure] = [_Measure(None, 0)]
+    open_nodes: list[_Measure] = [_Measure("", 0)]
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         if isinstance(event, yaml.DocumentStartEvent):
             named.clear()
             continue
         if isinstance(event, yaml.CollectionStartEvent):
-            named.pop(event.anchor, None)  # until it is complete, an alias of that name is a loop
-            open_nodes.append(_Measure(event.anchor, _NODE_BYTES))
+            named.pop(event.anchor or "", None)  # until it is complete, an alias of that name is a loop
+            open_nodes.append(_Measure(event.anchor or "", _NODE_BYTES))
         measured = _measured(event, open_nodes, named)
         if measured is not None:
             open_nodes[-1].hold(*measured)
@@ -86,14 +86,14 @@ def _measured(event: Any, open_nodes: list[_Measure], named: dict[str, tuple[int
     """Weight and depth of the node that is complete with this event; None where none is."""
     if isinstance(event, yaml.ScalarEvent):
         measured = len(event.value) + _NODE_BYTES, 1
-        anchor = event.anchor
+        anchor = event.anchor or ""
     elif isinstance(event, yaml.CollectionEndEvent):
         node = open_nodes.pop()
         measured, anchor = (node.weight, node.depth), node.anchor
     elif isinstance(event, yaml.AliasEvent):
-        return named.get(event.anchor, (0, DEPTH_MAX))  # unknown: the loader says so; a loop: as deep as it gets
+        return named.get(event.anchor or "", (0, DEPTH_MAX))  # unknown: the loader says so; a loop: as deep as it gets
     else:
         return None
-    if anchor is not None:
+    if anchor:
         named[anchor] = measured
     return measured

@@ -100,9 +100,14 @@ class HttpSizeProbe:
         ranged = [*headers, ("Range", "bytes=0-0"), ("Accept-Encoding", "identity")]
         try:
             async with self._client.stream(
-                "GET", f"{_origin(url)}/", headers=ranged, extensions={"target": _target(url)}
+                "GET",
+                f"{_origin(url)}/",
+                headers=ranged,
+                extensions={"target": _target(url), "trace": http.refuse_forbidden_peers},
             ) as response:
                 return await self._size_in(response, url)
+        except http.ForbiddenPeerError as error:
+            raise FetchFailed(FailureKind.FORBIDDEN, f"{urls.redact(url)}: {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             odd = isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL)
             kind = FailureKind.PROTOCOL if odd else FailureKind.TRANSIENT
