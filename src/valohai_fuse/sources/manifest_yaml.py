@@ -7,6 +7,7 @@ depth and its size with every alias written out are added up. Invariant: no mess
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +21,7 @@ EXPANDED_BYTES_MIN: Final = 16 * 1024 * 1024
 EXPANDED_TIMES_MAX: Final = 8
 """With all aliases written out, the text may be so many times as long as it is, or EXPANDED_BYTES_MIN if that is more. Writers
 use aliases for what several files share, such as one list of metadata."""
+_QUOTED: Final = re.compile(r"'.*'|\".*\"", re.DOTALL)
 _NODE_BYTES: Final = 8
 """What a node counts for besides its text."""
 
@@ -38,6 +40,7 @@ def to_json(text: bytes, origin: str) -> bytes:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "malformed"
+        problem = _QUOTED.sub("'...'", problem)  # a tag or an alias may be anything
         raise ConfigurationError(f"{origin}: not YAML: {problem}{where}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(
