@@ -129,7 +129,17 @@ def _httpdirfs(*options: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
         trust = ["--cacert", place.ca] if place.ca else []
         located = ["--cache-location", str(place.cache_dir)] if "--cache" in options else []
-        return ["httpdirfs", "-f", *options, *located, *trust, place.listing_url, str(place.mountpoint)]
+        # Version 1.2.5 looks for Accept-Ranges in a 206, where nginx does not repeat it, and exits.
+        return [
+            "httpdirfs",
+            "-f",
+            "--no-range-check",
+            *options,
+            *located,
+            *trust,
+            place.listing_url,
+            str(place.mountpoint),
+        ]
 
     return command
 

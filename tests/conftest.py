@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
+def session_marks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
     """Marks every process started from here on as ours, by its TMPDIR. The path is short: it holds unix sockets."""
     directory = tempfile.mkdtemp(prefix="vf-")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,18 +44,18 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(ours: Ours) -> Iterator[None]:
+def nothing_left_behind(session_marks: Ours) -> Iterator[None]:
     """Fails a test that leaves a mount, a process or a descriptor. First of the autouse fixtures, so torn down last."""
-    before = Snapshot.take(ours)
+    before = Snapshot.take(session_marks)
     yield
-    left = left_since(before, ours)
+    left = left_since(before, session_marks)
     assert not left, "left behind:\n" + "\n".join(left)
 
 
 @pytest.fixture(autouse=True)
-def own_directories(nothing_left_behind: None, ours: Ours, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_directories(nothing_left_behind: None, session_marks: Ours, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A short-named directory of this test; settings taken from the environment point into it."""
-    base = Path(tempfile.mkdtemp(dir=ours.directories[0]))
+    base = Path(tempfile.mkdtemp(dir=session_marks.directories[0]))
     for option in OPTIONS:
         monkeypatch.delenv(option.env, raising=False)
     for variable, name in (

@@ -21,6 +21,8 @@ from valohai_fuse.errors import (
 )
 from valohai_fuse.ports import FileRef, Lease
 
+pytestmark = pytest.mark.expect_warnings("its URLs could not be renewed")
+
 EPOCH_S = 1_761_991_200
 
 
@@ -206,6 +208,7 @@ def test_cancelling_who_started_the_post_does_not_fail_the_others() -> None:
     assert len(play(scenario).asked) == 1
 
 
+@pytest.mark.expect_warnings("could not be renewed")
 def test_a_failure_goes_to_all_who_wait_and_the_next_tries_again() -> None:
     """After a pause, which callers in the meantime wait out together."""
 
@@ -234,6 +237,7 @@ def test_a_failure_goes_to_all_who_wait_and_the_next_tries_again() -> None:
     assert len(play(scenario).asked) == 2
 
 
+@pytest.mark.expect_warnings("could not be renewed")
 def test_pauses_between_failures_grow_and_are_bounded() -> None:
     """An API that is down for ten minutes is not asked more than some forty times."""
 
@@ -270,6 +274,7 @@ def test_nobody_notices_an_api_that_is_down_while_urls_live(caplog: pytest.LogCa
     assert "down" in levels[0][1]
 
 
+@pytest.mark.expect_warnings("could not be renewed")
 def test_a_dead_token_is_answered_at_once_for_a_while() -> None:
     """The API is not asked by each of a thousand reads that it refuses."""
 
@@ -447,6 +452,7 @@ def test_without_anyone_to_ask_a_doubtful_clock_does_not_refuse() -> None:
     assert isinstance(_without_source(file_ref(url=signed(3600)), sleep_s=4000), Lease)
 
 
+@pytest.mark.expect_warnings("could not be renewed")
 @pytest.mark.parametrize("url", ["s3://b/k", "gs://b/k", "azure://a/c/b", "file:///etc/passwd", "https://h/\r\nX: y"])
 def test_locations_that_cannot_be_fetched(url: str) -> None:
     """Valohai is asked for an https URL; where there is none, the error names the scheme."""

@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mounted(source: Path, ours: Ours, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedSandbox]:
+def mounted(source: Path, session_marks: Ours, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedSandbox]:
     """The files of `source` as one mounted input, `data`. There is no api.json: nothing here may need one."""
     files = [SandboxFile(str(path.relative_to(source)), path) for path in sorted(source.rglob("*")) if path.is_file()]
     with (

@@ -473,9 +473,12 @@ def test_the_demo_shows_it_all_and_cleans_up(own_directories: Path) -> None:
         "directories are gone",
     ):
         assert said in outcome.stdout, said
-    fetched = re.search(r"([\d.]+) KiB fetched of 191 MiB", outcome.stdout)
+    fetched = re.search(r"([\d.]+) ([KM])iB fetched of 191 MiB", outcome.stdout)
     assert fetched
-    assert float(fetched[1]) <= 1280
+    assert float(fetched[1]) * {"K": 1, "M": 1024}[fetched[2]] <= 1280
+    random = re.search(r"([\d.]+) KiB fetched of 466 GiB", outcome.stdout)
+    assert random
+    assert float(random[1]) <= 256
 
 
 def test_a_kept_demo_can_be_played_with_and_stopped(own_directories: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_head_of_a_large_file_fetches_little(source: Path, mount_inputs: Mou
 
 
 def test_the_directory_of_a_zip_file_is_read_from_its_tail(source: Path, mount_inputs: MountInputs) -> None:
-    """Listing a 100 MB zip file and reading one member fetches a few MB."""
+    """Listing a 100 MB zip file and reading one member fetches a tenth of it at most."""
     mounted = mount_inputs({"archive": {"big.zip": source / "archive" / "big.zip"}})
     program = """
 import hashlib, zipfile
@@ -180,4 +180,4 @@ with zipfile.ZipFile("big.zip") as archive:
 """
     read = run_program([sys.executable, "-c", program], cwd=mounted.path("archive"))
     assert read == run_program([sys.executable, "-c", program], cwd=source / "archive")
-    assert mounted.sent_bytes() < 8 * client_data.MEBIBYTE
+    assert mounted.sent_bytes() < (source / "archive" / "big.zip").stat().st_size / 10

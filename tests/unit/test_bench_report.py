@@ -79,7 +79,6 @@ def test_the_page_and_the_picture_are_made_of_the_results_alone(tmp_path: Path) 
 
 def _results(trials: report.Trials) -> dict[str, Any]:
     return {
-        "runs": 5,
         "machine": "2 cores",
         "versions": {"rclone": "rclone v1"},
         "commands": {"rclone": "rclone mount"},

@@ -17,36 +17,36 @@ pytest_plugins = ["pytester"]
 CONFTEST = Path(__file__).resolve().parent.parent / "conftest.py"
 
 
-def test_a_leaked_descriptor_is_seen(ours: Ours) -> None:
+def test_a_leaked_descriptor_is_seen(session_marks: Ours) -> None:
     """A file that is open now and was not before is named."""
-    before = Snapshot.take(ours)
+    before = Snapshot.take(session_marks)
     descriptor = os.open(__file__, os.O_RDONLY)
     try:
-        assert left_since(before, ours, patience_s=0) == [f"open descriptor: {__file__}"]
+        assert left_since(before, session_marks, patience_s=0) == [f"open descriptor: {__file__}"]
     finally:
         os.close(descriptor)
-    assert left_since(before, ours) == []
+    assert left_since(before, session_marks) == []
 
 
-def test_a_child_is_seen_until_it_is_reaped(ours: Ours) -> None:
+def test_a_child_is_seen_until_it_is_reaped(session_marks: Ours) -> None:
     """A child process is named until somebody has waited for it."""
-    before = Snapshot.take(ours)
+    before = Snapshot.take(session_marks)
     with subprocess.Popen(["sleep", "60"]) as child:
-        left = left_since(before, ours, patience_s=0)
+        left = left_since(before, session_marks, patience_s=0)
         child.kill()
     assert [line.partition(":")[0] for line in left] == [f"process {child.pid}"]
-    assert left_since(before, ours) == []
+    assert left_since(before, session_marks) == []
 
 
-def test_a_grandchild_in_a_session_of_its_own_is_seen(ours: Ours) -> None:
+def test_a_grandchild_in_a_session_of_its_own_is_seen(session_marks: Ours) -> None:
     """A daemon that nobody is the parent of is recognised by the environment that it inherited."""
-    before = Snapshot.take(ours)
+    before = Snapshot.take(session_marks)
     code = "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True, stdout=2).pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=20, check=True).stdout)
-    left = left_since(before, ours, patience_s=0)
+    left = left_since(before, session_marks, patience_s=0)
     os.kill(pid, 9)
     assert [line.partition(":")[0] for line in left] == [f"process {pid}"]
-    assert left_since(before, ours) == []
+    assert left_since(before, session_marks) == []
 
 
 def test_mount_points_are_found_by_their_place() -> None:

@@ -51,4 +51,11 @@ def test_what_is_not_mounted_cannot_be_unmounted(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"."):
         table.unmount(str(tmp_path))
     assert table.answers(str(tmp_path)) is True
-    assert table.wait_gone(str(tmp_path), 1 << 40, 0)
+
+
+def test_a_mount_is_not_taken_for_a_later_one_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = table.parse(TEXT)[2]
+    monkeypatch.setattr(table, "entries", lambda: table.parse(TEXT))
+    assert table.is_there(first)
+    monkeypatch.setattr(table, "entries", lambda: table.parse(TEXT.replace("a\\040b", "other")))
+    assert not table.is_there(first)

@@ -34,6 +34,7 @@ _KEPT_NAME: Final = "demo-kept"
 _FAR_OFFSET: Final = 250 * 1000**3
 _EXPIRED_OFFSET: Final = 90 * 1000**2
 _STOP_S: Final = 10.0
+_SETTLE_S: Final = 5.0
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
@@ -236,8 +237,16 @@ def _read(path: str, offset: int, count: int, what: str) -> None:
 
 
 def _fetched(sandbox: RemoteSandbox) -> int:
-    statistics: dict[str, Any] = sandbox.statistics()["store"]
-    return int(statistics["sent_bytes"])
+    """Bytes that the store has sent, once what is under way (a little ahead of the reader) has arrived."""
+    deadline_s = time.monotonic() + _SETTLE_S
+    before = -1
+    while True:
+        statistics: dict[str, Any] = sandbox.statistics()["store"]
+        sent = int(statistics["sent_bytes"])
+        if (sent == before and not statistics["active_requests"]) or time.monotonic() >= deadline_s:
+            return sent
+        before = sent
+        time.sleep(0.1)
 
 
 def _sent(sandbox: RemoteSandbox) -> str:

@@ -116,7 +116,7 @@ def _wait_for_daemon(record: MountRecord, entry: table.MountEntry | None) -> str
         time.sleep(0.01 if waited_s < _IMPATIENT_S else 0.1)
     if said and how == "unmounted" and time.monotonic() - began_s >= record.grace_period:
         how = "was still busy after the grace period: detached, readers that are left get errors"
-    if entry is not None and any(e.mount_id == entry.mount_id for e in table.entries()):
+    if entry is not None and table.is_there(entry):
         _detach(entry, dead=True)
     return how
 
@@ -132,7 +132,7 @@ def _detach(entry: table.MountEntry, *, dead: bool) -> str:
             table.unmount_lazily(entry.mountpoint)
             return "was busy: detached lazily"
     except OSError as error:
-        if all(e.mount_id != entry.mount_id for e in table.entries()):
+        if not table.is_there(entry):
             return "was gone already"
         raise MountFailedError(f"cannot unmount {entry.mountpoint}: {error.strerror}") from None
     return "unmounted"

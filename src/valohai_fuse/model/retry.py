@@ -9,9 +9,7 @@ One `RetryState` belongs to one flight and is asked after each failure. Decides 
   itself. MISSING, CHANGED and FORBIDDEN are final.
 
 Invariants: no state outlives the flight; the same failures and the same random numbers give the same decisions; a delay never
-reaches beyond the deadline. Must not know clocks, URLs or who reads: times come in as durations since the flight began. Nor the
-ports, which stand above the model: a failure is whatever has the shape of `Failure`, its kinds are the values of
-`ports.FailureKind`.
+reaches beyond the deadline. Must not know clocks, URLs or who reads: times come in as durations since the flight began.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import email.utils
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from valohai_fuse.errors import (
     AccessRefusedError,
@@ -32,30 +30,12 @@ from valohai_fuse.errors import (
     UnsupportedLocationError,
     ValohaiFuseError,
 )
+from valohai_fuse.model.failure import FailureKind, FetchFailed
 
 RETRY_AFTER_MAX_S: Final = 60.0
 """A store that asks for more is asked again after this: hours in a Retry-After are a misconfiguration more often than not."""
 FRESH_URL_S: Final = 30.0
 """A refused URL younger than this, and minted for the flight, is a denial; an older one may have died of age in a queue."""
-
-
-class Failure(Protocol):
-    """`ports.FetchFailed`, as far as this decides by it."""
-
-    @property
-    def kind(self) -> str:
-        """A value of `ports.FailureKind`."""
-        ...
-
-    @property
-    def detail(self) -> str:
-        """What happened, redacted."""
-        ...
-
-    @property
-    def retry_after_s(self) -> float | None:
-        """What the store asked for."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +79,11 @@ class GiveUp:
 
 Decision = RetryAfter | Renew | GiveUp
 
-_FINAL: Final[dict[str, type[ReadError]]] = {
-    "missing": ObjectMissingError,
-    "changed": ObjectChangedError,
-    "forbidden": UnsupportedLocationError,
+_FINAL: Final[dict[FailureKind, type[ReadError]]] = {
+    FailureKind.MISSING: ObjectMissingError,
+    FailureKind.CHANGED: ObjectChangedError,
+    FailureKind.FORBIDDEN: UnsupportedLocationError,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Unavailable:
-    """An error of the leases that waiting may cure, in the shape of a failure."""
-
-    detail: str
-    kind: str = "transient"
-    retry_after_s: float | None = None
 
 
 class RetryState:
@@ -121,7 +92,7 @@ class RetryState:
     def __init__(self, *, random: Callable[[], float], policy: RetryPolicy | None = None) -> None:
         self._random = random
         self._policy = policy or RetryPolicy()
-        self._counts: dict[str, int] = {}
+        self._counts: dict[FailureKind, int] = {}
         self._since_s = 0.0
 
     def progressed(self, *, elapsed_s: float) -> None:
@@ -131,7 +102,7 @@ class RetryState:
 
     def after(
         self,
-        failure: Failure | ValohaiFuseError,
+        failure: FetchFailed | ValohaiFuseError,
         *,
         elapsed_s: float,
         deadline_s: float,
@@ -145,39 +116,41 @@ class RetryState:
         if isinstance(failure, ValohaiFuseError):
             if not isinstance(failure, StoreUnavailableError):
                 return GiveUp(type(failure), failure.message, failure.hint)
-            failure = _Unavailable(failure.message)
+            failure = FetchFailed(FailureKind.TRANSIENT, failure.message)
         kind = failure.kind
         final = _FINAL.get(kind)
         if final is not None:
             return GiveUp(final, failure.detail)
         attempt = self._counts.get(kind, 0)
         self._counts[kind] = attempt + 1
-        if kind == "refused":
+        if kind is FailureKind.REFUSED:
             return self._after_refusal(failure, attempt, elapsed_s, lease_age_s)
         if elapsed_s >= deadline_s:
             return _too_late(failure, elapsed_s)
-        if kind in {"worker-lost", "disk"}:
+        if kind in {FailureKind.WORKER_LOST, FailureKind.DISK}:
             return self._at_once(failure, attempt)
-        if kind == "protocol" and attempt >= self._policy.protocol_retries_max:
+        if kind is FailureKind.PROTOCOL and attempt >= self._policy.protocol_retries_max:
             return GiveUp(StoreUnavailableError, f"{failure.detail} ({attempt + 1} times in a row)")
         return self._backed_off(failure, attempt, elapsed_s, deadline_s)
 
-    def _after_refusal(self, failure: Failure, renewals: int, elapsed_s: float, lease_age_s: float | None) -> Decision:
+    def _after_refusal(
+        self, failure: FetchFailed, renewals: int, elapsed_s: float, lease_age_s: float | None
+    ) -> Decision:
         waited_s = elapsed_s - self._since_s
         denied = renewals >= 1 if lease_age_s is None else lease_age_s <= min(waited_s, FRESH_URL_S)
         if denied or renewals >= self._policy.renewals_max:
             return GiveUp(AccessRefusedError, f"{failure.detail}, with a URL that was renewed for this")
         return Renew()
 
-    def _at_once(self, failure: Failure, attempt: int) -> Decision:
-        lost = failure.kind == "worker-lost"
+    def _at_once(self, failure: FetchFailed, attempt: int) -> Decision:
+        lost = failure.kind is FailureKind.WORKER_LOST
         if attempt >= (self._policy.worker_lost_retries_max if lost else self._policy.disk_retries_max):
             return GiveUp(ReadError, f"{failure.detail} ({attempt + 1} times in a row)")
         return RetryAfter(0.0)
 
-    def _backed_off(self, failure: Failure, attempt: int, elapsed_s: float, deadline_s: float) -> Decision:
+    def _backed_off(self, failure: FetchFailed, attempt: int, elapsed_s: float, deadline_s: float) -> Decision:
         policy, remaining_s = self._policy, deadline_s - elapsed_s
-        throttled = failure.kind == "throttled"
+        throttled = failure.kind is FailureKind.THROTTLED
         base_s = policy.throttled_base_s if throttled else policy.transient_base_s
         # A tenth of the deadline, so that a reader with little patience still gets its ten tries.
         limit_s = min(base_s * 2 ** min(attempt, 16), policy.delay_max_s, deadline_s / 10)
@@ -189,7 +162,7 @@ class RetryState:
         return RetryAfter(delay_s)
 
 
-def _too_late(failure: Failure, elapsed_s: float) -> GiveUp:
+def _too_late(failure: FetchFailed, elapsed_s: float) -> GiveUp:
     return GiveUp(DeadlineExceededError, f"gave up after {elapsed_s:.0f} s; the last failure: {failure.detail}")
 
 

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -149,15 +148,6 @@ def _take_away(mountpoint: str, *, lazy: bool) -> None:
         raise OSError(errno.EBUSY if "busy" in reason else errno.EPERM, reason, mountpoint)
 
 
-def wait_gone(mountpoint: str, mount_id: int, timeout_s: float) -> bool:
-    """Waits until the mount `mount_id` is no longer at `mountpoint`; False when it still is after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.005
-    while any(e.mount_id == mount_id and e.mountpoint == mountpoint for e in entries()):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(
-            pause_s
-        )  # the kernel offers poll() for changes of the table, but not for the daemon's end we also await
-        pause_s = min(pause_s * 1.5, 0.1)
-    return True
+def is_there(entry: MountEntry) -> bool:
+    """Whether this very mount is still in the table. The number alone does not tell: the kernel gives it away again at once."""
+    return entry in entries()

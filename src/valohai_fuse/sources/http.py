@@ -111,8 +111,7 @@ async def read_beginning(response: httpx.Response, limit_bytes: int) -> bytes:
 def describe(error: httpx.HTTPError | httpx.InvalidURL | ssl.SSLError) -> str:
     """The failure in words, without anything that was sent."""
     if isinstance(error, httpx.ConnectError):
-        cause = str(error.__cause__ or error).strip() or "refused"
-        return f"cannot connect: {cause[:200]}"
+        return f"cannot connect: {_innermost(error)[:200]}"
     words: tuple[tuple[type[Exception], str], ...] = (
         (httpx.ConnectTimeout, "connecting took too long"),
         (httpx.TimeoutException, "the answer took too long"),
@@ -122,3 +121,13 @@ def describe(error: httpx.HTTPError | httpx.InvalidURL | ssl.SSLError) -> str:
         (httpx.ProxyError, "the proxy refused"),
     )
     return next((text for kind, text in words if isinstance(error, kind)), type(error).__name__)
+
+
+def _innermost(error: BaseException) -> str:
+    """What the operating system or OpenSSL said; httpx, httpcore and trio wrap it in exceptions without words."""
+    words, cause = "no connection", error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError) and (cause.strerror or str(cause)):
+            words = cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return words
