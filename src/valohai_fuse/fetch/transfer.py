@@ -12,15 +12,17 @@ Invariants: nothing is landed before `response.accept` said yes; bytes land in a
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pycurl
 
 from valohai_fuse.fetch import location, response
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
+from valohai_fuse.model import peers
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
@@ -28,6 +30,9 @@ LAND_BYTES: Final = 1024 * 1024
 LAND_INTERVAL_S: Final = 0.003
 PATIENT_INTERVAL_S: Final = 0.02
 """The same for an order that nobody waits for (yet)."""
+PROGRESS_BYTES: Final = 16 * 1024
+"""So much must come within the stall timeout to count as progress (550 B/s by default): a connection that trickles is as good
+as dead, and a reader would wait for it until its deadline while a new connection serves."""
 ERROR_BODY_BYTES: Final = 4096
 """How much of an error's body is looked at."""
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
@@ -85,12 +90,16 @@ class Transfer:
         self.fetched_bytes = 0
         """Of all bodies, redirects' included."""
         self.connections_new = 0
+        self.forbidden_peer = False
+        """Whether the host turned out to be at an address that must not be asked."""
         self.single_use = False
         """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
         so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
-        """When the store last sent anything; a stall is counted from here."""
+        """When the store last sent a head or PROGRESS_BYTES of a body; a stall is counted from here."""
+        self._progress_bytes = 0
+        """Of bodies, as they stood then."""
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
@@ -127,8 +136,17 @@ class Transfer:
         if self.single_use:
             curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
         curl.setopt(pycurl.HTTPHEADER, headers)
+        self.forbidden_peer = False
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
         curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
+
+    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
+        """libcurl has resolved the host (or the proxy's) and wants to connect to this address of it."""
+        if purpose == pycurl.SOCKTYPE_IPCXN and peers.is_forbidden(str(address.addr[0])):
+            self.forbidden_peer = True
+            return pycurl.SOCKET_BAD
+        return socket.socket(address.family, address.socktype, address.protocol)
 
     def redirect(self) -> bool:
         """After an answer has ended: whether it was a redirect that is to be followed; `prepare` then aims at its target.
@@ -157,9 +175,11 @@ class Transfer:
         Raises Rejected; OSError from the landing.
         """
         if self._incoming or len(self._head_lines) != self._head_lines_seen:
+            new_head = len(self._head_lines) != self._head_lines_seen
             self._head_lines_seen = len(self._head_lines)
-            self.progress_at_s = now_s
             self._take()
+            if new_head or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
+                self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
         due = self._due_bytes()
         if due == 0 or (
             due < LAND_BYTES
@@ -219,6 +239,8 @@ class Transfer:
             return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
         if self._head_lines and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")
+        if self.forbidden_peer:
+            return Rejected(FailureKind.FORBIDDEN, location.FORBIDDEN_PEER)
         words = _CURL_TEXTS.get(code, f"curl error {code}")
         if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
             words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
