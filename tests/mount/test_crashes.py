@@ -132,6 +132,7 @@ def test_a_worker_without_memory_is_replaced_and_the_reader_notices_nothing(moun
     resource.prlimit(starved, resource.RLIMIT_AS, (1, 1))
     with Reader(mounted.path("data", "b.bin")) as reader:
         assert reader.said() == whole(mounted.sandbox, "b.bin")
+    assert starved not in workers(daemon), "the limit was none"
     (mount,) = mounted.status()["mounts"]
     assert mount["errors"] == 0
 
