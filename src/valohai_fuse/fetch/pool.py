@@ -339,6 +339,7 @@ class WorkerPool:
             return
         worker = _Worker(process, idle_since_s=trio.current_time())
         self._workers.append(worker)
+        self._metrics.count("workers_started")
         self._metrics.gauge("workers", len(self._workers))
         if len(self._workers) > 1:
             self._several_workers.set()
@@ -354,6 +355,8 @@ class WorkerPool:
         if worker in self._workers:  # not one that was closed for idleness
             self._workers.remove(worker)
             self._metrics.gauge("workers", len(self._workers))
+            if self._nursery is not None:
+                self._metrics.count("workers_lost")
         if worker.orders and self._nursery is not None:
             _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.orders))
         for ticket in list(worker.orders.values()):
