@@ -86,10 +86,15 @@ async def open_fetching(
         metrics=metrics,
         describe=catalogue.object,
         read_timeout_s=settings.read_timeout,
-        window_bytes_max=settings.readahead,
-        window_bytes_total=settings.readahead_total,
+        window_bytes_max=_within_cache(settings.readahead, settings, share=8),
+        window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
     )
     return Fetching(settings, catalogue, leases, sizing, flights, reader), nursery
+
+
+def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
+    """Not more than a part of a small cache: what is fetched ahead must still be there when the reader comes."""
+    return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
 
 
 def _pool(settings: Settings, metrics: Metrics) -> WorkerPool:

@@ -32,12 +32,14 @@ from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.obs.watchdog import Watchdog, block_signal
 from valohai_fuse.occupancy import Occupancy
 from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.store.evictor import Evictor
+from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import SegmentStore
 from valohai_fuse.warming import Warming
 
@@ -77,10 +79,14 @@ class Daemon:
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
-            store = SegmentStore(settings.cache_dir)
+            budget = _budget(settings)
+            room = Room(settings.cache_dir, budget)
+            store = SegmentStore(settings.cache_dir, room=room)
             stack.callback(store.close)
             fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
-            evictor = Evictor(settings.cache_dir, _budget(settings), touch_used=store.touch_used)
+            evictor = Evictor(
+                settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
+            )
             nursery.start_soon(evictor.run)
             self.warming = Warming(
                 nursery, self.tree, spec.mountpoint, lambda: fetching.prefetch(InCache(), Priority.AHEAD)
@@ -97,6 +103,7 @@ class Daemon:
                 fetching.reader,
                 fetching.leases,
                 self.metrics,
+                requests_under_way=lambda: len(self.operations.under_way),
                 began_at_s=time.time(),
             )
             self.operations = Operations(
@@ -104,6 +111,7 @@ class Daemon:
                 reader=fetching.reader,
                 sizing=fetching.sizing,
                 siblings=SiblingAhead(self.tree, fetching.reader.fetch_ahead),
+                metrics=self.metrics,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=facts.attributes if settings.xattrs else None,
@@ -129,6 +137,13 @@ class Daemon:
                 }
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
+            watchdog = Watchdog(
+                requests=self.operations.under_way,
+                deadline_s=settings.read_timeout,
+                metrics=self.metrics,
+                state=self.inspection.state,
+            )
+            await nursery.start(watchdog.run)
             files, size, _ = self.tree.totals()
             log.info("mounted at %s: %d files, %d bytes", spec.mountpoint, files, size)
             report.send(
@@ -236,6 +251,7 @@ def main() -> int:
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
     log_file = None if spec.log_to_stderr else settings.log_file
     logs.configure(settings.log_level, log_file=log_file, subject=subject, echo_level=spec.echo_level)
+    block_signal()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 import click
@@ -21,13 +21,14 @@ from valohai_fuse.cli.finding import FAIL, OK, WARN, Finding
 from valohai_fuse.cli.options import verb
 from valohai_fuse.errors import ConfigurationError, FuseUnavailableError, ValohaiFuseError
 from valohai_fuse.mount import table
+from valohai_fuse.obs.redaction import redact
 from valohai_fuse.settings import Settings, parse_bytes
 
 CACHE_FREE_BYTES_MIN: Final = 1024**3
 
 
 def examine(settings: Settings, *, offline: bool) -> list[Finding]:
-    """Everything, in the order in which a mount would need it."""
+    """Everything, in the order in which a mount would need it; messages are cut of secrets, as all that is said is."""
     parts: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
         _fuse,
         _configuration,
@@ -37,7 +38,8 @@ def examine(settings: Settings, *, offline: bool) -> list[Finding]:
         _dead_mounts,
         *([] if offline else [network.examine]),
     )
-    return [finding for part in parts for finding in part(settings)]
+    findings = (finding for part in parts for finding in part(settings))
+    return [replace(finding, message=redact(finding.message)) for finding in findings]
 
 
 def _fuse(settings: Settings) -> Iterator[Finding]:

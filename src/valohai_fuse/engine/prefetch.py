@@ -271,6 +271,8 @@ class Prefetch:
                 (flight, max(flight.landed, piece.extent.start), min(flight.extent.stop, piece.extent.stop))
                 for flight in flights
             ]
+            for flight in flights:
+                flight.want(trio.current_time() + self._patience_s)  # before the first of them is waited for
             for flight, _start, stop in piece.flights:
                 await self._wait_landed(flight, stop, handle)
         if self._reader.gaps(obj, piece.extent):
