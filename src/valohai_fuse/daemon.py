@@ -40,7 +40,7 @@ from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.room import Room
-from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.segments import MEMORY_BYTES_MAX, SegmentStore
 from valohai_fuse.warming import Warming
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ class Daemon:
             )
             nursery.start_soon(evictor.run)
             self.warming = Warming(
-                nursery, self.tree, spec.mountpoint, lambda: fetching.prefetch(InCache(), Priority.AHEAD)
+                nursery,
+                self.tree,
+                spec.mountpoint,
+                lambda: fetching.prefetch(InCache(), Priority.AHEAD),
+                bytes_max=_cache_bytes_max(settings, budget),
             )
             facts = Facts(catalogue, store, spec.mountpoint)
             occupancy = Occupancy(
@@ -205,6 +209,17 @@ def _budget(settings: Settings) -> Budget:
     if wanted.endswith("%"):
         return Budget(bytes_max=settings.cache_max_size, free_min_share=float(wanted[:-1]) / 100)
     return Budget(bytes_max=settings.cache_max_size, free_min_bytes=parse_bytes(wanted))
+
+
+def _cache_bytes_max(settings: Settings, budget: Budget) -> int:
+    """What the cache can hold at the very most: its own bound, or its file system without what is to stay free."""
+    try:
+        found = os.statvfs(settings.cache_dir)
+    except OSError:
+        return budget.bytes_max or MEMORY_BYTES_MAX
+    disk = found.f_blocks * found.f_frsize
+    room = disk - max(budget.free_min_bytes, int(disk * budget.free_min_share))
+    return max(0, min(room, budget.bytes_max or room))
 
 
 def _no_local_file(path: str) -> int:

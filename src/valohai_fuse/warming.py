@@ -45,13 +45,17 @@ class _Job:
 
 
 class Warming:
-    """The jobs; `make` gives a fresh Prefetch for each."""
+    """The jobs; `make` gives a fresh Prefetch for each. More than `bytes_max` is not begun: its beginning would be evicted
+    before its end has come."""
 
-    def __init__(self, nursery: trio.Nursery, tree: Tree, mountpoint: str, make: Callable[[], Prefetch]) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, tree: Tree, mountpoint: str, make: Callable[[], Prefetch], *, bytes_max: int
+    ) -> None:
         self._nursery = nursery
         self._tree = tree
         self._mountpoint = mountpoint
         self._make = make
+        self._bytes_max = bytes_max
         self._jobs: dict[str, _Job] = {}
 
     @property
@@ -66,7 +70,7 @@ class Warming:
     async def _on_prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
         """`job` (a name that the client makes up), `paths` relative to the mount point, `more`: the job is not to begin yet.
 
-        Raises UsageError for names that are not there.
+        Raises UsageError for names that are not there, and for more than the cache holds.
         """
         name = str(request.get("job", ""))
         job = self._jobs.get(name)
@@ -84,6 +88,7 @@ class Warming:
             job.scope.cancel()
             raise
         if not request.get("more"):
+            self._check_fits(job)
             job.prefetch = self._make()
             self._nursery.start_soon(self._fetch, job)
         return {"files": len(job.inodes)}
@@ -105,6 +110,15 @@ class Warming:
                     job.inodes.append(file)
                 if position % FILES_PER_BREATH == FILES_PER_BREATH - 1:
                     await trio.lowlevel.checkpoint()
+
+    def _check_fits(self, job: _Job) -> None:
+        wanted = sum(self._tree.size(Inode(inode)) or 0 for inode in job.inodes)
+        if wanted > self._bytes_max:
+            job.scope.cancel()
+            raise errors.UsageError(
+                f"{wanted:,} bytes are to be fetched, the cache of {self._mountpoint} holds {self._bytes_max:,} at the most",
+                hint="name less, or mount with a larger --cache-max-size or --cache-dir",
+            )
 
     async def _on_progress(self, request: dict[str, Any]) -> dict[str, Any]:
         """How far `job` is; `finished` once nothing of it is under way. Raises UsageError for a job that is not known."""

@@ -21,7 +21,8 @@ def run_jobs(scenario: Scenario, sizes: dict[str, int]) -> None:
     async def main(rig: EngineRig) -> None:
         tree = tree_of(rig)
         async with trio.open_nursery() as nursery:
-            warming = Warming(nursery, tree, "/mnt", lambda: prefetch_of(rig, nursery, tree))
+            make = lambda: prefetch_of(rig, nursery, tree)  # noqa: E731 - two lines would not be clearer
+            warming = Warming(nursery, tree, "/mnt", make, bytes_max=100 * MIB)
             await scenario(rig, warming)
             nursery.cancel_scope.cancel()
 
@@ -87,6 +88,17 @@ def test_a_cancelled_job_says_that_it_has_ended() -> None:
         assert 2 * MIB <= answer["bytes_done"] < 8 * MIB
 
     run_jobs(scenario, {"a": 8 * MIB})
+
+
+def test_more_than_the_cache_holds_is_not_begun() -> None:
+    async def scenario(rig: EngineRig, warming: Warming) -> None:
+        with pytest.raises(UsageError, match="holds 104,857,600 at the most"):
+            await warming.handlers["prefetch"]({"job": "j", "paths": ["/"]})
+        await trio.sleep(5)
+        assert rig.fetcher.orders == []
+        await warming.handlers["prefetch"]({"job": "k", "paths": ["a"]})
+
+    run_jobs(scenario, {"a": 60 * MIB, "b": 60 * MIB})
 
 
 def test_jobs_are_bounded() -> None:
