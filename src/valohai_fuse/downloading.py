@@ -68,9 +68,9 @@ class IntoFiles:
         key, _ref, label = self._catalogue.object(inode)
         copy = copies.Copy(key, label, self._target_fd, self._partial_dir)
         with _told_as_read_errors(label):
-            if await trio.to_thread.run_sync(copy.is_complete):
-                return (), size
-            missing = await trio.to_thread.run_sync(copy.missing)
+            missing = await trio.to_thread.run_sync(copy.missing_unless_complete)
+        if missing is None:
+            return (), size
         self._copies[inode] = copy
         return missing, size - sum(map(len, missing))
 
@@ -80,7 +80,9 @@ class IntoFiles:
         copy, version = self._copies[obj.inode], obj.version
         if version is None:
             raise errors.ObjectChangedError(f"{obj.label}: the object has changed in its store")
-        data = await self._store.read(obj.key, version, piece)
+        data = self._store.read_nowait(obj.key, version, piece)  # it has just been written: no disk to wait for
+        if isinstance(data, NotHere):
+            data = await self._store.read(obj.key, version, piece)
         if isinstance(data, NotHere):
             raise errors.ReadError(f"{obj.label}: what has landed cannot be read back", hint="is the disk full?")
 

@@ -37,6 +37,8 @@ class _Job:
     wanted: bytearray
     """By inode: 1 where it is to be fetched already."""
     inodes: array[int] = field(default_factory=lambda: array("I"))
+    bytes: int = 0
+    """Of those whose size is known."""
     prefetch: Prefetch | None = None
     """Set when the job begins."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -108,15 +110,15 @@ class Warming:
                 if not job.wanted[file]:
                     job.wanted[file] = 1
                     job.inodes.append(file)
+                    job.bytes += self._tree.size(file) or 0
                 if position % FILES_PER_BREATH == FILES_PER_BREATH - 1:
                     await trio.lowlevel.checkpoint()
 
     def _check_fits(self, job: _Job) -> None:
-        wanted = sum(self._tree.size(Inode(inode)) or 0 for inode in job.inodes)
-        if wanted > self._bytes_max:
+        if job.bytes > self._bytes_max:
             job.scope.cancel()
             raise errors.UsageError(
-                f"{wanted:,} bytes are to be fetched, the cache of {self._mountpoint} holds {self._bytes_max:,} at the most",
+                f"{job.bytes:,} bytes are to be fetched, the cache of {self._mountpoint} holds {self._bytes_max:,} at the most",
                 hint="name less, or mount with a larger --cache-max-size or --cache-dir",
             )
 

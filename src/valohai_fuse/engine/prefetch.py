@@ -155,7 +155,10 @@ class Prefetch:
         """Fetches the files; raises nothing of its own, `progress` tells what failed."""
         wanted = list(inodes)
         self._files = len(wanted)
-        self._bytes = sum(self._tree.size(inode) or 0 for inode in wanted)
+        for position, inode in enumerate(wanted):
+            self._bytes += self._tree.size(inode) or 0
+            if position % (10 * BREATH_FILES) == 0:
+                await trio.lowlevel.checkpoint()
         send, receive = trio.open_memory_channel[_Piece](0)
         async with trio.open_nursery() as workers, receive:
             for _ in range(self._pieces_max):

@@ -92,6 +92,10 @@ class Copy:
             raise InTheWayError(f"a file of {found.st_size} bytes is there already, the object has {self.key.size}")
         return True
 
+    def missing_unless_complete(self) -> list[Extent] | None:
+        """None for a file that is complete, else `missing`. Raises as `is_complete` does."""
+        return None if self.is_complete() else self.missing()
+
     def missing(self) -> list[Extent]:
         """The pieces that are still to be written; those that the journal names and the bytes confirm are not."""
         done = self._confirmed()
