@@ -53,7 +53,7 @@ class Shown:
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             self._bar = _bar(self._verb)
-            self._task = self._bar.add_task("", total=None, files="")
+            self._task = self._bar.add_task("", total=None, files="", rate="")
             self._bar.start()
         return self
 
@@ -67,7 +67,11 @@ class Shown:
         """Shows how far it is now."""
         if self._bar is not None and self._task is not None:
             files = f"{totals.files_done + totals.files_failed:,}/{totals.files:,} files"
-            self._bar.update(self._task, total=totals.bytes or None, completed=totals.bytes_done, files=files)
+            speed = self._bar.tasks[0].speed
+            rate = f"{output.bytes_shown(speed)}/s" if speed else ""
+            self._bar.update(
+                self._task, total=totals.bytes or None, completed=totals.bytes_done, files=files, rate=rate
+            )
         elif time.monotonic() - self._told_s >= LINE_EVERY_S:
             self._told_s = time.monotonic()
             output.say(
@@ -78,11 +82,17 @@ class Shown:
 
 def _bar(verb: str) -> Bar:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, no_color=not output.has_color(sys.stderr), highlight=False)
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[files]}"), console=console)
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(binary_units=True))
+    return Progress(
+        *columns,
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[files]}"),
+        console=console,
+    )
 
 
 def conclude(
