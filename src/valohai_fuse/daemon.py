@@ -35,6 +35,7 @@ from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.obs.watchdog import Watchdog, block_signal
 from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import api_file, manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
@@ -123,12 +124,22 @@ class Daemon:
                 window_bytes_max=_within_cache(settings.readahead, settings, share=8),
                 window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
             )
-            self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
+            self.inspection = Inspection(
+                spec,
+                catalogue,
+                store,
+                reader,
+                leases,
+                self.metrics,
+                requests_under_way=lambda: len(self.operations.under_way),
+                began_at_s=time.time(),
+            )
             self.operations = Operations(
                 tree=self.tree,
                 reader=reader,
                 sizing=sizing,
                 siblings=SiblingAhead(self.tree, reader.fetch_ahead),
+                metrics=self.metrics,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=self.inspection.attributes if settings.xattrs else None,
@@ -174,6 +185,13 @@ class Daemon:
                 handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
+            watchdog = Watchdog(
+                requests=self.operations.under_way,
+                deadline_s=settings.read_timeout,
+                metrics=self.metrics,
+                state=self.inspection.state,
+            )
+            await nursery.start(watchdog.run)
             files, size, _ = self.tree.totals()
             log.info("mounted at %s: %d files, %d bytes", spec.mountpoint, files, size)
             report.send(
@@ -285,6 +303,7 @@ def main() -> int:
     settings = Settings(**spec.settings)
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
     logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
+    block_signal()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

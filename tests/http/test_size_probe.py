@@ -99,6 +99,7 @@ def test_sizes(raw: bytes, expected: int) -> None:
         (ranged("bytes 1-1/7"), FailureKind.PROTOCOL),
         (response(206, b"x"), FailureKind.PROTOCOL),
         (response(200, b"x", ("Content-Encoding", "gzip")), FailureKind.PROTOCOL),
+        (response(200, b"<html>log in", ("Content-Type", "text/html; charset=utf-8")), FailureKind.PROTOCOL),
         (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", FailureKind.PROTOCOL),
         (response(302, "", ("Location", "file:///etc/passwd")), FailureKind.FORBIDDEN),
         (response(302, "", ("Location", "ftp://h/S3CR3T?S3CR3T")), FailureKind.FORBIDDEN),
@@ -194,3 +195,19 @@ def test_many_probes_share_few_connections() -> None:
 def test_an_error_page_without_end_is_not_read_to_its_end() -> None:
     """4 KiB at most, and nothing is left behind."""
     assert failure(response(403, "x" * 100_000, length=10**9)).kind is FailureKind.REFUSED
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "[::ffff:169.254.169.254]", "[fe80::1]"])
+def test_the_machines_own_network_is_not_asked(host: str) -> None:
+    """A redirect to the metadata service, however it is spelled, is refused without a connection."""
+    assert failure(response(307, b"", ("Location", f"http://{host}/latest/meta-data/"))).kind is FailureKind.FORBIDDEN
+
+
+def test_a_name_that_leads_to_the_machines_own_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by the address that was connected to, before anything is sent."""
+    monkeypatch.setattr("valohai_fuse.model.peers.is_forbidden", lambda address: address == "127.0.0.1")
+    with ScriptedHttp(lambda request: ranged("bytes 0-0/7")) as server:
+        with pytest.raises(FetchFailed, match="own network") as caught:
+            probe(Lease(server.url.replace("127.0.0.1", "localhost") + "/k?sig=S3CR3T"))
+        assert caught.value.kind is FailureKind.FORBIDDEN
+        assert server.requests == []

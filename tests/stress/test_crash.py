@@ -22,6 +22,8 @@ from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.sandbox import Sandbox, ramp
 from valohai_fuse.store import upkeep
 
+pytestmark = pytest.mark.mount
+
 MIB = 1024 * 1024
 FILES = {"big.bin": ramp(19 * MIB + 77), "other.bin": ramp(9 * MIB), "small.bin": ramp(70_001), "tiny": ramp(5)}
 READERS = 4

@@ -230,7 +230,7 @@ def test_only_a_missing_json_makes_way_for_yaml(config: Path) -> None:
         ("a: 'https://h/x?sig=topsecret\nb: 1\n", r"inputs\.yaml: not YAML: found unexpected end of stream at line 3"),
         ("- 1", r"inputs\.yaml: \$: expected object, got array$"),
         ("t:\n  files:\n  - name: 7\n", r"\$\.t\.files\[0\]\.name: expected str, got int$"),
-        ("&a [*a]", r"inputs\.yaml: not a manifest: .*RecursionError"),
+        ("&a [*a]", r"inputs\.yaml: not a manifest: nested more than 64 levels deep"),
         ("? [1, 2]\n: 3\n", r"inputs\.yaml: not a manifest|not YAML"),
         ("a: \x01", r"inputs\.yaml: not YAML: "),
         ("!!python/object/apply:os.system ['false']", r"not YAML: could not determine a constructor"),

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 import click
@@ -20,6 +20,7 @@ from valohai_fuse.cli import fuse_access, output
 from valohai_fuse.cli.options import verb
 from valohai_fuse.errors import ConfigurationError, FuseUnavailableError, ValohaiFuseError
 from valohai_fuse.mount import table
+from valohai_fuse.obs.redaction import redact
 from valohai_fuse.settings import Settings
 
 CACHE_FREE_BYTES_MIN: Final = 1024**3
@@ -38,7 +39,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Everything, in the order in which a mount would need it."""
+    """Everything, in the order in which a mount would need it; messages are cut of secrets, as all that is said is."""
     parts: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
         _fuse,
         _configuration,
@@ -47,7 +48,8 @@ def examine(settings: Settings) -> list[Finding]:
         _tuning,
         _dead_mounts,
     )
-    return [finding for part in parts for finding in part(settings)]
+    findings = (finding for part in parts for finding in part(settings))
+    return [replace(finding, message=redact(finding.message)) for finding in findings]
 
 
 def _fuse(settings: Settings) -> Iterator[Finding]:

@@ -9,20 +9,26 @@ import re
 from typing import Final
 
 from valohai_fuse.fetch.response import Rejected
+from valohai_fuse.model import peers
 from valohai_fuse.ports import FailureKind
 
 REDIRECTS_MAX: Final = 5
+FORBIDDEN_PEER: Final = "its host is at an address of this machine's own network"
 _ORIGIN: Final = re.compile(rb"(https?)://([^/?#\\]+)", re.IGNORECASE)
 _ABSOLUTE: Final = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:")
+_PORT: Final = re.compile(r":\d*\Z")
 _UNSENDABLE: Final = re.compile(rb"[\x00-\x20\x7f]")
 
 
 def checked(url: bytes) -> bytes:
-    """The URL itself. Raises Rejected(FORBIDDEN) unless it is http or https and can stand in a request line as it is."""
+    """The URL itself. Raises Rejected(FORBIDDEN) unless it is http or https, can stand in a request line as it is, and its host
+    is no address that must not be asked (names are judged when they are connected to, by the worker)."""
     if _ORIGIN.match(url) is None:
         raise Rejected(FailureKind.FORBIDDEN, "not an http or https URL")
     if _UNSENDABLE.search(url):
         raise Rejected(FailureKind.FORBIDDEN, "the URL holds blanks or control characters")
+    if peers.is_forbidden_host(_PORT.sub("", origin(url).decode("latin-1").rpartition("//")[2].rpartition("@")[2])):
+        raise Rejected(FailureKind.FORBIDDEN, FORBIDDEN_PEER)
     return url
 
 
@@ -50,7 +56,10 @@ def followed(url: bytes, location: bytes) -> bytes:
     elif not _ABSOLUTE.match(location):
         from urllib.parse import urljoin  # noqa: PLC0415 - see the module's text
 
-        location = urljoin(url, location)
+        try:  # as latin-1, which is byte for byte
+            location = urljoin(url.decode("latin-1"), location.decode("latin-1")).encode("latin-1")
+        except ValueError:
+            raise Rejected(FailureKind.FORBIDDEN, "a redirect to what is no URL") from None
     if origin(url).startswith(b"https:") and not origin(location).startswith(b"https:"):
         raise Rejected(FailureKind.FORBIDDEN, "a redirect from https to another scheme")
     return checked(location)

@@ -22,7 +22,8 @@ UNSIZED_OBJECT_BYTES_MAX: Final = 64 * 1024 * 1024
 right. Beyond this, that would be a download of the object per segment: refused instead."""
 
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.IGNORECASE | re.ASCII)
+"""Bounded, for Python refuses to read numbers of thousands of digits, and no object has them."""
 _ERROR_CODE: Final = re.compile(rb"<Code>([A-Za-z0-9._-]{1,64})</Code>")
 _HTTP_DATE: Final = re.compile(r"[A-Z][a-z]{2}, (\d{2}) ([A-Z][a-z]{2}) (\d{4}) (\d{2}):(\d{2}):(\d{2}) GMT")
 _MONTHS: Final = {
@@ -54,7 +55,7 @@ class Head:
         for line in lines:
             if line.startswith(b"HTTP/"):
                 parts = line.split(None, 2)
-                self.status = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+                self.status = int(parts[1]) if len(parts) > 1 and len(parts[1]) == 3 and parts[1].isdigit() else 0
                 self.headers = {}
                 continue
             name, colon, value = line.partition(b":")
@@ -85,7 +86,7 @@ class Head:
     def content_length(self) -> int | None:
         """Content-Length, if it is there and counts (it does not with a Transfer-Encoding)."""
         text = self.headers.get("content-length", "")
-        if "transfer-encoding" in self.headers or not (text.isascii() and text.isdigit()):
+        if "transfer-encoding" in self.headers or not (text.isascii() and text.isdigit() and len(text) < 20):
             return None
         return int(text)
 

@@ -1,8 +1,8 @@
 """One order on its way through a worker: what has arrived, what of it is landed, and how it ends.
 
 libcurl appends header lines and body chunks to two lists (`list.append` is the callback: no Python frame per 16 KiB); the
-loop calls `advance` after each socket event, and everything is decided there. The first whole block is landed at once,
-because a reader waits for it; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
+loop calls `advance` after each socket event, and everything is decided there. Where a reader waits, the first whole block
+is landed at once; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
 each landing costs two writes here and a wake-up in the daemon.
 
 Invariants: nothing is landed before `response.accept` said yes; bytes land in ascending order, each once, in whole blocks
@@ -12,20 +12,27 @@ Invariants: nothing is landed before `response.accept` said yes; bytes land in a
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pycurl
 
 from valohai_fuse.fetch import location, response
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
+from valohai_fuse.model import peers
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
 LAND_BYTES: Final = 1024 * 1024
 LAND_INTERVAL_S: Final = 0.003
+PATIENT_INTERVAL_S: Final = 0.02
+"""The same for an order that nobody waits for (yet)."""
+PROGRESS_BYTES: Final = 16 * 1024
+"""So much must come within the stall timeout to count as progress (550 B/s by default): a connection that trickles is as good
+as dead, and a reader would wait for it until its deadline while a new connection serves."""
 ERROR_BODY_BYTES: Final = 4096
 """How much of an error's body is looked at."""
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
@@ -83,16 +90,21 @@ class Transfer:
         self.fetched_bytes = 0
         """Of all bodies, redirects' included."""
         self.connections_new = 0
+        self.forbidden_peer = False
+        """Whether the host turned out to be at an address that must not be asked."""
         self.single_use = False
         """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
         so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
-        """When the store last sent anything; a stall is counted from here."""
+        """When the store last sent a head or PROGRESS_BYTES of a body; a stall is counted from here."""
+        self._progress_bytes = 0
+        """Of bodies, as they stood then."""
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
         self._landed_at_s = 0.0
+        self._interval_s = LAND_INTERVAL_S if order.awaited else PATIENT_INTERVAL_S
         self._lease_origin = location.origin(self.url)
         self._redirects = 0
         self._head_lines: list[bytes] = []
@@ -124,8 +136,17 @@ class Transfer:
         if self.single_use:
             curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
         curl.setopt(pycurl.HTTPHEADER, headers)
+        self.forbidden_peer = False
+        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
         curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
         curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
+
+    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
+        """libcurl has resolved the host (or the proxy's) and wants to connect to this address of it."""
+        if purpose == pycurl.SOCKTYPE_IPCXN and peers.is_forbidden(str(address.addr[0])):
+            self.forbidden_peer = True
+            return pycurl.SOCKET_BAD
+        return socket.socket(address.family, address.socktype, address.protocol)
 
     def redirect(self) -> bool:
         """After an answer has ended: whether it was a redirect that is to be followed; `prepare` then aims at its target.
@@ -154,14 +175,16 @@ class Transfer:
         Raises Rejected; OSError from the landing.
         """
         if self._incoming or len(self._head_lines) != self._head_lines_seen:
+            new_head = len(self._head_lines) != self._head_lines_seen
             self._head_lines_seen = len(self._head_lines)
-            self.progress_at_s = now_s
             self._take()
+            if new_head or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
+                self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
         due = self._due_bytes()
         if due == 0 or (
             due < LAND_BYTES
             and self._landed_upto + due < self.order.stop
-            and now_s - self._landed_at_s < LAND_INTERVAL_S
+            and now_s - self._landed_at_s < self._interval_s
         ):
             return None
         return self._land(due, now_s)
@@ -169,7 +192,7 @@ class Transfer:
     @property
     def land_at_s(self) -> float | None:
         """When `advance` is to be called even if nothing arrives; None: no need."""
-        return self._landed_at_s + LAND_INTERVAL_S if self._due_bytes() else None
+        return self._landed_at_s + self._interval_s if self._due_bytes() else None
 
     @property
     def complete(self) -> bool:
@@ -181,7 +204,7 @@ class Transfer:
         """Whether the extent has landed and more of the body is to come that nobody wants."""
         return self.complete and self._body is not None and self._body_bytes < self._body.total_bytes
 
-    def finish(self, now_s: float) -> Landed | None:
+    def finish(self, now_s: float) -> None:
         """The body has ended as HTTP has it. Lands the rest; raises Rejected if it is not the whole of it."""
         if self._body is None and not self._incoming:
             self._judge()
@@ -196,10 +219,15 @@ class Transfer:
             raise Rejected(kind, f"the body ended after {self._body_bytes} of {body.total_bytes} bytes")
         body.hold = False
         due = self._due_bytes()
-        return self._land(due, now_s) if due else None
+        if due:
+            self._land(due, now_s)
 
     def salvage(self, now_s: float) -> Landed | None:
-        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again. Raises OSError."""
+        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again.
+
+        Raises Rejected, OSError.
+        """
+        self._take()
         due = self._due_bytes()
         return self._land(due, now_s) if due else None
 
@@ -211,6 +239,8 @@ class Transfer:
             return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
         if self._head_lines and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")
+        if self.forbidden_peer:
+            return Rejected(FailureKind.FORBIDDEN, location.FORBIDDEN_PEER)
         words = _CURL_TEXTS.get(code, f"curl error {code}")
         if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
             words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
@@ -261,6 +291,8 @@ class Transfer:
         if head.status in {200, 206}:
             self._body = response.accept(self.order, head)
             self._skip_left_bytes = self._body.skip_bytes
+            if not self.order.awaited:
+                self._landed_at_s = self.progress_at_s  # the first block is in no hurry
 
     def _take(self) -> None:
         """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""

@@ -1,9 +1,10 @@
 """Which URLs may be fetched, and how a URL is written where people or logs see it.
 
 Decides two things about a URL as text: whether this mount may use it at all (http and https, nothing that could smuggle a
-second header line into a request), and its redacted form. Invariant: whatever `redact` and `redact_text` return holds
-no query, no fragment and no credentials, for any text at all. Neither raises. Must not know who wants the URL, nor what an
-expiry is. A URL that may be used is never rewritten here: a signature covers it byte for byte.
+second header line into a request, no address of the machine's own network), and its redacted form. Invariant: whatever
+`redact` and `redact_text` return holds no query, no fragment and no credentials, for any text at all. Neither raises. Must not
+know who wants the URL, nor what an expiry is. A URL that may be used is never rewritten here: a signature covers it byte for
+byte.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from valohai_fuse.model import peers
+
 URL_CHARS_MAX: Final = 16 * 1024
 """The longest URL that is used. S3 with temporary credentials makes about 2,000; servers stop reading at 8 to 16 KiB."""
 
 _SHOWN_PATH_CHARS: Final = 72
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]{2,45}\]|[^\s\[\]:@/\\?#%\"'<>]{1,253})(?::\d{0,5})?")
+_PORT = re.compile(r":\d*\Z")
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:\\?/\\?/[^\s\"'<>]*")
 
@@ -37,8 +41,11 @@ def unsupported_reason(url: str) -> str | None:
     if kind not in {"http", "https"}:
         return f"its location is {kind}:, which cannot be fetched from here" if kind else "its location is not a URL"
     rest = url[len(kind) :]
-    if not rest.startswith("://") or _AUTHORITY.fullmatch(_authority(rest[3:]).rpartition("@")[2]) is None:
+    host = _authority(rest[3:]).rpartition("@")[2]
+    if not rest.startswith("://") or _AUTHORITY.fullmatch(host) is None:
         return "its URL names no host"
+    if peers.is_forbidden_host(_PORT.sub("", host)):
+        return "its host is an address of this machine's own network"
     return None
 
 

@@ -45,7 +45,7 @@ def ask(path: str, op: str, /, timeout_s: float = 5.0, **fields: Any) -> dict[st
     try:
         answer = json.loads(raw)
         ok = answer.pop("ok")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise NoAnswerError(f"an answer from {path} that makes no sense", refused=False) from None
     if not ok:
         kind = getattr(errors, str(answer.get("error")), None)

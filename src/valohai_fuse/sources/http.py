@@ -1,9 +1,9 @@
 """What the httpx sources share: a client that is safe to give secrets to, and failures without secrets.
 
-Decides three things. (1) TLS is verified against the system's authorities, plus a file of the user's. (2) httpx loses pool
+Decides four things. (1) TLS is verified against the system's authorities, plus a file of the user's. (2) httpx loses pool
 slots when a request is cancelled while it connects, so its pool is left unbounded and callers bound themselves with a
 CapacityLimiter. (3) httpx logs whole URLs at INFO and httpcore headers at DEBUG: both loggers are held at WARNING, whatever the
-root logger says.
+root logger says. (4) Nothing is sent to the machine's own network (`refuse_forbidden_peers`, given with each request).
 Invariant: `describe` never quotes what was sent: h11's messages, for example, quote a header value that they refuse.
 """
 
@@ -14,13 +14,14 @@ import functools
 import http.cookiejar
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
 
 import httpx
 import trio
 
 from valohai_fuse.errors import ConfigurationError
+from valohai_fuse.model import peers
 
 KEEPALIVE_S: Final = 20.0
 """Less than the 60 s or so after which stores and balancers close an idle connection."""
@@ -56,6 +57,24 @@ def client(*, ca_file: str | None, connect_timeout_s: float, answer_timeout_s: f
         headers={"User-Agent": "valohai-fuse"},
         cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),  # none are kept
     )
+
+
+class ForbiddenPeerError(Exception):
+    """A host turned out to be at an address that must not be asked (`model.peers`)."""
+
+
+async def refuse_forbidden_peers(event: str, info: Mapping[str, Any]) -> None:
+    """For the `trace` extension of a request: looks at who is at the other end of each new connection, before anything is sent.
+
+    Raises ForbiddenPeerError, with the connection closed.
+    """
+    if event != "connection.connect_tcp.complete":
+        return
+    stream = info["return_value"]
+    peer = stream.get_extra_info("server_addr")
+    if isinstance(peer, tuple) and peers.is_forbidden(str(peer[0])):
+        await stream.aclose()
+        raise ForbiddenPeerError("its host is at an address of this machine's own network")
 
 
 async def read_raw(response: httpx.Response, take: Callable[[bytes], Awaitable[bool]]) -> None:

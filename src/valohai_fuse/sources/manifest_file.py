@@ -4,7 +4,7 @@ The file is copied once into a private, unlinked *spool* and decoded from a map 
 the original later changes nothing here and cannot make a mapped read fail, and 700 MB of JSON pass through the page cache
 instead of this process's own memory. Of the spool only the inputs asked for are kept, for `Manifest.record`.
 
-YAML is turned into JSON first, so that there is one path of decoding, checking and messages.
+YAML is turned into JSON first (`manifest_yaml`), so that there is one path of decoding, checking and messages.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 
 import msgspec
-import yaml
 
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model import manifest_json
 from valohai_fuse.model.manifest import ON_DEMAND, SIZE_BYTES_MAX, Manifest
 from valohai_fuse.model.manifest_json import InputPart
+from valohai_fuse.sources import manifest_yaml
 
 _BOM = b"\xef\xbb\xbf"
 _COPY_BYTES = 4 * 1024 * 1024
@@ -144,7 +144,7 @@ def _read_source(config_dir: str, spool_dir: str | None) -> _Source:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigurationError(f"{origin}: not a regular file")
         if origin.endswith(".yaml"):
-            return _Source(origin, _json_of_yaml(b"".join(_chunks(fd)), origin), status.st_mtime_ns)
+            return _Source(origin, manifest_yaml.to_json(b"".join(_chunks(fd)), origin), status.st_mtime_ns)
         copy_fd = _spool(lambda: _chunks(fd), spool_dir)
         try:
             return _Source(origin, _mapped(copy_fd), status.st_mtime_ns)
@@ -171,22 +171,6 @@ def _open_first(config_dir: str) -> tuple[str, int]:
         f"{os.path.join(config_dir, 'inputs.json')}: no such file, and no inputs.yaml beside it",
         hint="Valohai writes it when an execution starts; elsewhere, name its directory with --config-dir",
     )
-
-
-def _json_of_yaml(text: bytes, origin: str) -> bytes:
-    try:
-        loaded = yaml.load(text, Loader=yaml.CSafeLoader)
-        return b"" if loaded is None else msgspec.json.encode(loaded)
-    except yaml.YAMLError as error:
-        # Only the problem and its place: the text of the error quotes the line, which may be a signed URL.
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "malformed"
-        raise ConfigurationError(f"{origin}: not YAML: {problem}{where}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            f"{origin}: not a manifest: nothing that JSON could say ({type(error).__name__})"
-        ) from None
 
 
 # --- the spool --------------------------------------------------------------------------------------------------------

@@ -100,9 +100,14 @@ class HttpSizeProbe:
         ranged = [*headers, ("Range", "bytes=0-0"), ("Accept-Encoding", "identity")]
         try:
             async with self._client.stream(
-                "GET", f"{_origin(url)}/", headers=ranged, extensions={"target": _target(url)}
+                "GET",
+                f"{_origin(url)}/",
+                headers=ranged,
+                extensions={"target": _target(url), "trace": http.refuse_forbidden_peers},
             ) as response:
                 return await self._size_in(response, url)
+        except http.ForbiddenPeerError as error:
+            raise FetchFailed(FailureKind.FORBIDDEN, f"{urls.redact(url)}: {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             odd = isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL)
             kind = FailureKind.PROTOCOL if odd else FailureKind.TRANSIENT
@@ -144,9 +149,18 @@ def _size_of_whole(response: httpx.Response, url: str) -> int:
     length = response.headers.get("content-length", "").strip()
     if encoding not in {"", "identity"}:
         raise _failed(response, url, FailureKind.PROTOCOL, "the body is encoded, its length is not the object's")
+    if _is_page(response.headers):
+        raise _failed(response, url, FailureKind.PROTOCOL, "a web page instead of the object")
     if not re.fullmatch(r"\d{1,19}", length, re.ASCII):
         raise _failed(response, url, FailureKind.PROTOCOL, "no Content-Length and no Content-Range")
     return int(length)
+
+
+def _is_page(headers: httpx.Headers) -> bool:
+    """Whether a 200 looks like the log-in or error page of something in between: nothing here would ever contradict the size of
+    it, and its text would be read as the file's content. An object that is a page has an ETag or a Last-Modified."""
+    page = headers.get("content-type", "").strip().lower().startswith(("text/html", "application/xhtml"))
+    return page and "etag" not in headers and "last-modified" not in headers
 
 
 def _failed(response: httpx.Response, url: str, kind: FailureKind, what: str) -> FetchFailed:

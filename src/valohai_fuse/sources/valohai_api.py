@@ -127,7 +127,11 @@ class ValohaiApi:
             with trio.move_on_after(ATTEMPT_MAX_S):
                 try:
                     async with self._client.stream(
-                        self._request.method, url, headers=self._headers, content=b""
+                        self._request.method,
+                        url,
+                        headers=self._headers,
+                        content=b"",
+                        extensions={"trace": http.refuse_forbidden_peers},
                     ) as response:
                         await self._check(response)
                         inflow = _Inflow(response, spool)
@@ -135,6 +139,8 @@ class ValohaiApi:
                         inflow.finish()
                     minted_at_s = self._clock()
                     return await trio.to_thread.run_sync(self._indexed, spool, minted_at_s)
+                except http.ForbiddenPeerError as error:
+                    raise StoreUnavailableError(f"Valohai's API at {self._shown}: {error}") from None
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
                     raise _TryAgain(http.describe(error)) from None  # the cause holds the request and its headers
                 finally:

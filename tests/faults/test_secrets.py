@@ -1,0 +1,288 @@
+"""No token, no query of a URL and no password in anything that the programs write or show.
+
+One story with renewals, refusals, failures and odd files is played at DEBUG; then everything that it left is searched: output,
+logs, answers of the control socket, attributes, the cache, the runtime and temporary directories, and what /proc tells of
+each process. What is searched for is collected from the configuration files and from every URL that was minted meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+
+from support.mounts import MountedSandbox, read_elsewhere, run_cli
+from valohai_fuse.mount import table
+from valohai_fuse.sandbox import faults
+from valohai_fuse.sandbox.content import ramp
+from valohai_fuse.sandbox.dataset import InputSpec, SandboxFile, SandboxInput
+from valohai_fuse.sandbox.signing import Form
+from valohai_fuse.sandbox.valohai import Sandbox
+
+SIZE_BYTES = 200_000
+PLANTED = {
+    "password": "hunter2secret",
+    "query": "plantedquerysecret",
+    "environment": "plantedenvironmentsecret",
+    "location": "plantedlocationsecret",
+    "body": "plantedbodysecret",
+}
+FORMS: tuple[Form, ...] = ("s3-sigv4", "s3-sts", "s3-sigv2", "gcs-v4", "gcs-v2", "azure-sas", "swift")
+
+
+@pytest.fixture
+def sandbox(own_directories: Path) -> Iterator[Sandbox]:
+    """An input in each form of signed URL, and one of odd files."""
+    inputs: dict[str, InputSpec] = {
+        form: SandboxInput(
+            [SandboxFile(f"{n}.bin", ramp(SIZE_BYTES), size="null" if n == 1 else "exact") for n in range(4)]
+        )
+        for form in FORMS
+    }
+    query = f"?X-Amz-Signature={PLANTED['query']}"
+    odd = {
+        "password.bin": f"http://user:{PLANTED['password']}@127.0.0.1:1/k{query}",
+        "file.bin": f"file:///etc/passwd{query}",
+        "s3.bin": f"s3://bucket/key{query}",
+        "metadata.bin": f"http://169.254.169.254/latest{query}",
+        "broken.bin": f"http://h/ x{query}",
+    }
+    files = [
+        SandboxFile(name, ramp(SIZE_BYTES), overrides={"storage_uri": url, "uri": url, "datum_id": None})
+        for name, url in odd.items()
+    ]
+    inputs["odd"] = SandboxInput(files, input_id=None)
+    with Sandbox(
+        inputs, root=own_directories / "valohai", forms={form: form for form in FORMS}, url_lifetime_s=600
+    ) as made:
+        yield made
+
+
+def test_no_secret_leaves_the_programs(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs at DEBUG, status, info, doctor, error messages, attributes, processes, cache and runtime files: none in any."""
+    monkeypatch.setenv("VALOHAI_SECRET", PLANTED["environment"])
+    minted = _collect_minted(sandbox, monkeypatch)
+    seen: dict[str, str] = {}
+    root = Path(sandbox.root, "tree")
+    options = [
+        f"--root={root}",
+        "--log-level=DEBUG",
+        "--xattrs",
+        "--read-timeout=1",
+        "--connect-timeout=1",
+        "--stall-timeout=1",
+    ]
+    with MountedSandbox(sandbox, options=options, expected_warnings=["."]) as mounted:
+        _play(sandbox, root)
+        seen |= _said_by_commands(mounted, root)
+        seen |= _attributes(root)
+        seen |= _processes(mounted)
+        seen |= _answers(mounted)
+        seen["mountinfo"] = "\n".join(map(str, table.entries()))
+        seen |= _files(Path(sandbox.root), besides=[Path(sandbox.config_dir), root])
+        seen |= _files(Path(os.environ["TMPDIR"]), besides=[Path(sandbox.root)])
+        gone = mounted.cli("unmount", str(root))
+        seen["unmount"] = gone.stdout + gone.stderr
+        seen |= {f"after: {name}": text for name, text in _files(Path(mounted.runtime_dir), besides=[]).items()}
+    seen |= _said_of_broken_files(sandbox)
+    sandbox.assert_token_never_leaked()
+    assert any("DEBUG" in text for text in seen.values()), "nothing was logged at DEBUG"
+    assert sum("worker" in name for name in seen) >= 2, f"no worker was looked at: {sorted(seen)}"
+    secrets = {sandbox.token, *PLANTED.values(), *minted}
+    assert len(secrets) > 20
+    leaks = [f"{name}: {_around(text, secret)}" for name, text in seen.items() for secret in secrets if secret in text]
+    assert not leaks, "\n".join(leaks)
+
+
+def _collect_minted(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every secret value of a query that is in the manifest, and from now on in any answer of the API."""
+    secrets: set[str] = set()
+
+    def note(url: str) -> None:
+        secrets.update(
+            value.rstrip("=")
+            for key, value in parse_qsl(urlsplit(url).query)
+            if "sig" in key.lower() and len(value) > 20
+        )
+
+    for spec in json.loads(Path(sandbox.config_dir, "inputs.json").read_bytes()).values():
+        for file in spec["files"]:
+            note(file["storage_uri"])
+    payload = sandbox.api._payload
+
+    def noted(wanted: tuple[str, ...]) -> list[dict[str, object]]:
+        answer = payload(wanted)
+        for item in answer:
+            for file in item["files"]:
+                note(file["url"])
+        return answer
+
+    monkeypatch.setattr(sandbox.api, "_payload", noted)
+    return secrets
+
+
+def _play(sandbox: Sandbox, root: Path) -> None:
+    """Reads that succeed, renew, are refused and fail, in every way that has words of its own."""
+
+    def read(name: str) -> None:
+        with contextlib.suppress(OSError):
+            read_elsewhere(root / name)
+
+    secret = PLANTED["location"]
+    echo = json.dumps({"detail": f"Execution-Token {sandbox.token} at http://h/x?token={PLANTED['body']}"})
+    for form in FORMS:
+        read(f"{form}/0.bin")
+    sandbox.expire_urls()
+    store, api = sandbox.store.faults, sandbox.api.faults
+    api.add(faults.status(500, echo, "application/json"))
+    for form in FORMS:
+        read(f"{form}/1.bin")
+    store.add(faults.redirect_to(f"file:///x?sig={secret}"), path="gcs-v4/2.bin", count=None)
+    store.add(faults.redirect_to(f"http://u:{secret}@127.0.0.1:1/x?sig={secret}"), path="gcs-v2/2.bin", count=None)
+    store.add(faults.redirect_to(f"http://169.254.169.254/?sig={secret}"), path="swift/2.bin", count=None)
+    store.add(
+        faults.status(500, f"<Code>Oops</Code> http://h/?sig={PLANTED['body']}"), path="azure-sas/2.bin", count=None
+    )
+    store.add(faults.denied(), path="s3-sigv4/2.bin", count=None)
+    store.add(faults.reset_after(1000), path="s3-sts/2.bin", count=3)
+    store.add(faults.changed_etag(), path="s3-sigv2/2.bin", covers=SIZE_BYTES - 1)
+    for form in FORMS:
+        read(f"{form}/2.bin")
+    sandbox.expire_urls()
+    api.add(faults.redirect_to(f"http://h/?token={secret}"))
+    api.add(faults.status(200, f"<html>{PLANTED['body']}", "text/html"))
+    api.add(faults.status(401, echo, "application/json"), count=None)
+    for form in FORMS[:3]:
+        read(f"{form}/3.bin")
+    for name in ("password", "file", "s3", "metadata", "broken"):
+        read(f"odd/{name}.bin")
+
+
+def _said_by_commands(mounted: MountedSandbox, root: Path) -> dict[str, str]:
+    """What people ask for while it is mounted."""
+    asked = {
+        "status": ["status"],
+        "status --json": ["status", "--json"],
+        "info": ["info", str(root), *(str(path) for path in sorted(root.glob("*/*.bin")))],
+        "info --json": ["info", "--json", *(str(path) for path in sorted(root.glob("*/*.bin")))],
+        "info of nothing": ["info", str(root / "no?sig=such")],
+        "doctor": ["doctor"],
+        "mount again": ["mount", f"--root={root}"],
+        "mount of nothing": ["mount", "no-such-input"],
+        "run": ["run", "--root", f"{root}-run", "--log-level=DEBUG", "--", "wc", f"{root}-run/s3-sigv4/0.bin"],
+    }
+    outcomes = {name: mounted.cli(*arguments) for name, arguments in asked.items()}
+    return {name: outcome.stdout + outcome.stderr for name, outcome in outcomes.items() if name != "run"} | {
+        "run": outcomes["run"].stderr
+    }
+
+
+def _attributes(root: Path) -> dict[str, str]:
+    seen = {}
+    for path in root.rglob("*"):
+        for name in os.listxattr(path):
+            seen[f"{name} of {path}"] = os.getxattr(path, name).decode("utf-8", "replace")
+    assert seen
+    return seen
+
+
+def _processes(mounted: MountedSandbox) -> dict[str, str]:
+    """What anybody (cmdline, comm) and their owner (environ) can see of the supervisor, the daemon and the workers."""
+    pids = set(mounted.daemon_pids())
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and int(Path(f"/proc/{entry}/stat").read_text().rpartition(") ")[2].split()[1]) in pids:
+                pids.add(int(entry))
+    seen = {}
+    for pid in pids:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        kind = command.split(" -m ")[-1].split()[0]
+        for file in ("cmdline", "environ", "comm", "status", "maps"):
+            seen[f"{kind} {pid} {file}"] = Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+    return seen
+
+
+def _answers(mounted: MountedSandbox) -> dict[str, str]:
+    """What the control socket says, to good questions and to bad ones."""
+    seen = {}
+    requests = [
+        {"op": "status"},
+        {"op": "info", "path": "odd/password.bin"},
+        {"op": "info", "path": "x?sig=y"},
+        {"op": "?"},
+    ]
+    for path in Path(mounted.runtime_dir).glob("*.sock"):
+        for number, request in enumerate(requests):
+            with socket.socket(socket.AF_UNIX) as channel:
+                channel.settimeout(10)
+                channel.connect(str(path))
+                channel.sendall(json.dumps(request).encode() + b"\n")
+                seen[f"answer {number}"] = channel.recv(1 << 20).decode()
+    assert seen
+    return seen
+
+
+def _files(top: Path, besides: list[Path]) -> dict[str, str]:
+    """Names and contents of everything below `top`."""
+    seen = {}
+    for directory, subdirectories, names in os.walk(top):
+        subdirectories[:] = [name for name in subdirectories if Path(directory, name) not in besides]
+        for name in names:
+            path = Path(directory, name)
+            if path.is_file():
+                seen[f"file {path}"] = f"{path}\n" + path.read_bytes().decode("latin-1")
+    return seen
+
+
+def _said_of_broken_files(sandbox: Sandbox) -> dict[str, str]:
+    """Messages about configuration files that cannot be used, each holding a secret at the place of the error."""
+    places = [
+        f"--inputs-dir={sandbox.inputs_dir}",
+        f"--runtime-dir={sandbox.root}/run2",
+        f"--cache-dir={sandbox.root}/cache2",
+    ]
+    secret = f"https://h/x?sig={PLANTED['query']}"
+    broken = {
+        "inputs.json": [
+            f'{{"a": {{"files": [{{"name": 1, "storage_uri": "{secret}"}}]}}}}',
+            f'{{"a": {{"files": [{{"name": "x", "storage_uri": "{secret}" }}',
+            f'{{"a": {{"files": ["{secret}"]}}}}',
+            f'"{secret}"',
+        ],
+        "inputs.yaml": [
+            f"a: '{secret}\nb: 1\n",
+            f"a: {{files: [{secret}]}}\n",
+            f"a: !!python/{secret} x\n",
+            f"a: *{secret}\n",
+        ],
+        "api.json": [
+            f'{{"input_request": {{"url": "{secret} x", "headers": {{}}}}}}',
+            f'{{"input_request": {{"url": "http://h", "headers": {{"Authorization": "{PLANTED["query"]}\\n"}}}}}}',
+            f'{{"input_request": "{secret}"}}',
+        ],
+    }
+    seen = {}
+    for name, contents in broken.items():
+        for number, content in enumerate(contents):
+            config = Path(sandbox.root, f"broken-{name}-{number}")
+            config.mkdir()
+            if name == "api.json":
+                (config / "inputs.json").write_text('{"a": {"files": [{"name": "x", "download_intent": "on-demand"}]}}')
+            (config / name).write_text(content)
+            for verb in ("mount", "doctor") if number in {0, 2} else ("mount",):
+                outcome = run_cli(verb, f"--config-dir={config}", *places)
+                assert "Traceback" not in outcome.stderr
+                seen[f"{verb} with {name} {number}"] = outcome.stdout + outcome.stderr
+    return seen
+
+
+def _around(text: str, secret: str) -> str:
+    at = text.index(secret)
+    return re.sub(r"\s+", " ", text[max(0, at - 60) : at + 40])

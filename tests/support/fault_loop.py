@@ -1,0 +1,253 @@
+"""The loop of `tests/faults/test_fault_loop.py`: one mount with a file for each fault, at each of its opportunities.
+
+As SQLite does it: a fault happens at the first request of a read, then at the second, and so on, until a run had no such
+request and so was clean. Each run has a file of its own, which nobody has read before, and each kind of fault at the API an
+input of its own, so that runs go on side by side and none sees another's fault.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from support.fault_kinds import API_KINDS, RIGHT, STORE_KINDS, FaultKind, Outcomes
+from support.mounts import MountedSandbox, wait_until
+from support.reader_process import Readers, ReadOutcome, digest_of
+from valohai_fuse.sandbox import faults
+from valohai_fuse.sandbox.content import Ramp, read_all
+from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
+from valohai_fuse.sandbox.script import Rule
+from valohai_fuse.sandbox.valohai import Sandbox
+
+SIZE_BYTES: Final = 9_000_000
+"""Two segments, so that one read of it is several orders."""
+EXTENTS: Final = ((0, 100_000), (5_000_000, 5_100_000), (SIZE_BYTES - 50_000, SIZE_BYTES))
+READ_TIMEOUT_S: Final = 2.0
+SLACK_S: Final = 5.0
+"""A read may end this much after its deadline: the machine may be busy."""
+AT_REST_S: Final = 45.0
+"""A fetch that nobody waits for any more may still wait for the API, which is asked for 30 s at the most."""
+OPPORTUNITIES_MAX: Final = 12
+SIDE_BY_SIDE: Final = 32
+_DIGEST: Final = digest_of(*(read_all(Ramp(SIZE_BYTES), start, stop) for start, stop in EXTENTS))
+OPTIONS: Final = (
+    "--readahead=0",
+    f"--read-timeout={READ_TIMEOUT_S}",
+    "--stall-timeout=1",
+    "--connect-timeout=2",
+    "--connections=64",
+    "--log-level=DEBUG",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Thoroughness:
+    """How much of the loop: `always` at the first so many opportunities; `patience_s` for the API to be well again."""
+
+    always_opportunities: int
+    api_always_opportunities: int
+    api_patience_s: float
+
+
+def store_input(kind: FaultKind) -> str:
+    """The input of all runs of one kind."""
+    return f"store-{STORE_KINDS.index(kind)}"
+
+
+def api_input(kind: FaultKind, run: str) -> str:
+    """The input of one run."""
+    return f"api-{API_KINDS.index(kind)}-{run}"
+
+
+def inputs(thoroughness: Thoroughness) -> dict[str, SandboxInput]:
+    """The data set that the loop needs."""
+    made = {"healthy": SandboxInput([SandboxFile("0.bin", Ramp(SIZE_BYTES))])}
+    for kind in STORE_KINDS:
+        once = [f"once-{nth}.bin" for nth in range(1, OPPORTUNITIES_MAX + 1)]
+        always = [f"always-{nth}.bin" for nth in range(1, thoroughness.always_opportunities + 1)]
+        files = [SandboxFile(name, Ramp(SIZE_BYTES)) for name in (*once, *always)]
+        files += [SandboxFile(f"probe-{run}.bin", Ramp(SIZE_BYTES), size="null") for run in ("once", "always")]
+        made[store_input(kind)] = SandboxInput(files)
+    for kind in API_KINDS:
+        runs = [f"once-{nth}" for nth in range(1, OPPORTUNITIES_MAX + 1)]
+        runs += [f"always-{nth}" for nth in range(1, thoroughness.api_always_opportunities + 1)]
+        for run in runs:
+            made[api_input(kind, run)] = SandboxInput([SandboxFile("0.bin", Ramp(SIZE_BYTES))])
+    return made
+
+
+@dataclass
+class FaultLoop:
+    """One run of the loop over a mount; `problems` holds a line for each promise that was not kept."""
+
+    sandbox: Sandbox
+    mounted: MountedSandbox
+    root: Path
+    readers: Readers
+    thoroughness: Thoroughness
+    problems: list[str] = field(default_factory=list)
+    runs: int = 0
+    hits: int = 0
+
+    def run(self) -> None:
+        """All kinds, then what holds after them."""
+        together = [*self._store_runs(alone=False), *self._api_runs(alone=False)]
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as threads:
+            list(threads.map(self._guarded, together))
+        for run in (*self._store_runs(alone=True), *self._api_runs(alone=True)):
+            self._guarded(run)
+        self.sandbox.stop_api()  # which ends the requests that it never answered
+        self.sandbox.start_api()
+        self._check_health()
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001 - a run that breaks is a line among the problems, not the end of the others
+            self.problems.append(f"{type(error).__name__}: {error}")
+
+    # --- the runs -------------------------------------------------------------------------------------------------------
+
+    def _store_runs(self, *, alone: bool) -> Iterator[Callable[[], None]]:
+        for kind in STORE_KINDS:
+            if kind.alone is not alone:
+                continue
+            yield lambda kind=kind: self._until_clean(f"store: {kind.name}", self._store_once(kind))  # type: ignore[misc] # mypy cannot infer a lambda with a default
+            for nth in range(1, self.thoroughness.always_opportunities + 1):
+                yield lambda kind=kind, nth=nth: self._store_always(kind, nth)  # type: ignore[misc] # the same
+            for run, count in (("once", 1), ("always", None)):
+                yield lambda kind=kind, run=run, count=count: self._probe(kind, run, count)  # type: ignore[misc] # the same
+
+    def _store_once(self, kind: FaultKind) -> Callable[[int], int]:
+        def once(nth: int) -> int:
+            key = f"{store_input(kind)}/once-{nth}.bin"
+            rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, first=nth, count=1)
+            outcome = self._read(key)
+            self._judge(f"store: {kind.name}, once at {nth}", outcome, kind.once if rule.hits else RIGHT)
+            return rule.hits
+
+        return once
+
+    def _store_always(self, kind: FaultKind, nth: int) -> None:
+        key = f"{store_input(kind)}/always-{nth}.bin"
+        rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, first=nth, count=None)
+        self._judge(f"store: {kind.name}, always from {nth}", self._read(key), kind.always)
+        self._recovers(f"store: {kind.name}, always from {nth}", key, rule, 25.0)
+
+    def _probe(self, kind: FaultKind, run: str, count: int | None) -> None:
+        key = f"{store_input(kind)}/probe-{run}.bin"
+        rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, count=count)
+        # The kernel repeats a look-up that ends with ESTALE, and the size is asked of whatever answers.
+        allowed = kind.probe | kind.once if count else kind.probe
+        self._judge(f"probe: {kind.name}, {run}", self._read(key), allowed)
+        rule.count = 0
+
+    def _api_runs(self, *, alone: bool) -> Iterator[Callable[[], None]]:
+        for kind in API_KINDS:
+            if kind.alone is not alone:
+                continue
+            yield lambda kind=kind: self._until_clean(f"api: {kind.name}", self._api_once(kind))  # type: ignore[misc] # as above
+            for nth in range(1, self.thoroughness.api_always_opportunities + 1):
+                yield lambda kind=kind, nth=nth: self._api_always(kind, nth)  # type: ignore[misc] # as above
+
+    def _api_once(self, kind: FaultKind) -> Callable[[int], int]:
+        def once(nth: int) -> int:
+            name = api_input(kind, f"once-{nth}")
+            rule = self._api_rule(kind, name, nth, 1)
+            self._judge(
+                f"api: {kind.name}, once at {nth}", self._read(f"{name}/0.bin"), kind.once if rule.hits else RIGHT
+            )
+            return rule.hits
+
+        return once
+
+    def _api_always(self, kind: FaultKind, nth: int) -> None:
+        name = api_input(kind, f"always-{nth}")
+        rule = self._api_rule(kind, name, nth, None)
+        what = f"api: {kind.name}, always from {nth}"
+        self._judge(what, self._read(f"{name}/0.bin"), kind.always if rule.hits else RIGHT)
+        rule.count = 0
+        if self.thoroughness.api_patience_s:
+            self._recovers(what, f"{name}/0.bin", rule, self.thoroughness.api_patience_s)
+
+    def _api_rule(self, kind: FaultKind, name: str, nth: int, count: int | None) -> Rule:
+        """The input's URL is refused once for each of the extents, so that there is something to renew each time."""
+        for start, _ in EXTENTS:
+            self.sandbox.store.faults.add(faults.expired(), path=f"{name}/*", covers=start)
+        input_id = self.sandbox.dataset.inputs[name][0]
+        return self.sandbox.api.faults.add(
+            kind.make(self.sandbox), first=nth, count=count, when=lambda request: f"={input_id}" in request.query
+        )
+
+    # --- judging --------------------------------------------------------------------------------------------------------
+
+    def _until_clean(self, what: str, once: Callable[[int], int]) -> None:
+        for nth in range(1, OPPORTUNITIES_MAX + 1):
+            hits = once(nth)
+            self.hits += hits
+            if not hits:
+                if nth == 1:
+                    self.problems.append(f"{what}: never happened")
+                return
+        self.problems.append(f"{what}: no run was clean in {OPPORTUNITIES_MAX}")
+
+    def _read(self, key: str) -> ReadOutcome:
+        self.runs += 1
+        # The first look-up may probe, then each of the extents is a read with a deadline of its own.
+        return self.readers.read(self.root / key, EXTENTS, timeout_s=(len(EXTENTS) + 1) * (READ_TIMEOUT_S + SLACK_S))
+
+    def _judge(self, what: str, outcome: ReadOutcome, allowed: Outcomes) -> None:
+        if outcome.errno not in allowed:
+            self.problems.append(
+                f"{what}: {_name(outcome.errno)} instead of {' or '.join(map(_name, sorted(allowed)))}"
+            )
+        elif outcome.errno == 0 and outcome.digest != _DIGEST:
+            self.problems.append(f"{what}: WRONG BYTES")
+        elif outcome.errno and outcome.took_s > 2 * READ_TIMEOUT_S + SLACK_S:
+            self.problems.append(f"{what}: took {outcome.took_s:.1f} s")
+
+    def _recovers(self, what: str, key: str, rule: Rule, patience_s: float) -> None:
+        """Once the fault is over, the same file is read, by a new open, as if nothing had been."""
+        rule.count = 0
+        found: list[int] = []
+
+        def reads() -> bool:
+            outcome = self._read(key)
+            found.append(outcome.errno)
+            return outcome.errno == 0 and outcome.digest == _DIGEST
+
+        try:
+            wait_until(what, reads, timeout_s=patience_s)
+        except AssertionError:
+            told = ", ".join(sorted({_name(number) for number in found}))
+            self.problems.append(f"{what}: not well {patience_s:g} s after the fault was over: {told}")
+
+    def _check_health(self) -> None:
+        """The mount is alive, nothing is leaked, nothing unforeseen was logged, and the token stayed at home."""
+        self._judge("afterwards: a healthy file", self._read("healthy/0.bin"), RIGHT)
+        gauges = ("open_files", "reads_under_way", "flights")
+        last: dict[str, float] = {}
+
+        def at_rest() -> bool:
+            metrics = self.mounted.status()["mounts"][0]["metrics"]
+            last.update({name: metrics[name] for name in gauges})
+            return not any(last.values())
+
+        try:
+            wait_until("gauges", at_rest, timeout_s=AT_REST_S)
+        except AssertionError:
+            self.problems.append(f"afterwards: not at rest: {last}")
+        log = self.mounted.log()
+        unforeseen = [
+            line for line in log.splitlines() if " ERROR " in line or " CRITICAL " in line or "Traceback" in line
+        ]
+        self.problems += [f"logged: {line[:300]}" for line in unforeseen[:10]]
+        self.sandbox.assert_token_never_leaked()
+
+
+def _name(number: int) -> str:
+    return errno.errorcode[number] if number else "the right bytes"
