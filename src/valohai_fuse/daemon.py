@@ -44,7 +44,7 @@ from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.room import Room
-from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.segments import MEMORY_BYTES_MAX, SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class Daemon:
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
             room = Room(settings.cache_dir, budget)
-            store = SegmentStore(settings.cache_dir, room=room)
+            store = SegmentStore(
+                settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, settings.readahead_total)
+            )
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)

@@ -248,6 +248,7 @@ class Worker:
             first_byte_s=first_byte_s(transfer.curl),
             total_s=transfer.total_s(now_s),
             new_connection=transfer.connections_new > 0,
+            disk_wait_s=transfer.disk_wait_s,
         )
         self._release(transfer)
         self._post(done)
