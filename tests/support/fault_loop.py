@@ -16,7 +16,7 @@ from typing import Final
 
 from support.fault_kinds import API_KINDS, RIGHT, STORE_KINDS, FaultKind, Outcomes
 from support.mounts import MountedSandbox, wait_until
-from support.reader_process import Readers, ReadOutcome, digest_of
+from support.reader_process import Extents, Readers, ReadOutcome, digest_of
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, read_all
 from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
@@ -33,9 +33,7 @@ AT_REST_S: Final = 45.0
 """A fetch that nobody waits for any more may still wait for the API, which is asked for 30 s at the most."""
 OPPORTUNITIES_MAX: Final = 12
 SIDE_BY_SIDE: Final = 32
-_DIGEST: Final = digest_of(*(read_all(Ramp(SIZE_BYTES), start, stop) for start, stop in EXTENTS))
 OPTIONS: Final = (
-    "--readahead=0",
     f"--read-timeout={READ_TIMEOUT_S}",
     "--stall-timeout=1",
     "--connect-timeout=2",
@@ -46,11 +44,15 @@ OPTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Thoroughness:
-    """How much of the loop: `always` at the first so many opportunities; `patience_s` for the API to be well again."""
+    """How much of the loop: `always` at the first so many opportunities; `api_patience_s` for the API to be well again; which
+    parts of each file are read."""
 
     always_opportunities: int
     api_always_opportunities: int
     api_patience_s: float
+    readahead: str = "0"
+    """With readahead a fault may also meet a request that nobody waits for."""
+    extents: Extents = EXTENTS
 
 
 def store_input(kind: FaultKind) -> str:
@@ -92,6 +94,11 @@ class FaultLoop:
     problems: list[str] = field(default_factory=list)
     runs: int = 0
     hits: int = 0
+    _right: str = ""
+
+    def __post_init__(self) -> None:
+        content = Ramp(SIZE_BYTES)
+        self._right = digest_of(*(read_all(content, start, stop) for start, stop in self.thoroughness.extents))
 
     def run(self) -> None:
         """All kinds, then what holds after them."""
@@ -198,14 +205,14 @@ class FaultLoop:
     def _read(self, key: str) -> ReadOutcome:
         self.runs += 1
         # The first look-up may probe, then each of the extents is a read with a deadline of its own.
-        return self.readers.read(self.root / key, EXTENTS, timeout_s=(len(EXTENTS) + 1) * (READ_TIMEOUT_S + SLACK_S))
+        return self.readers.read(self.root / key, self.thoroughness.extents, timeout_s=4 * (READ_TIMEOUT_S + SLACK_S))
 
     def _judge(self, what: str, outcome: ReadOutcome, allowed: Outcomes) -> None:
         if outcome.errno not in allowed:
             self.problems.append(
                 f"{what}: {_name(outcome.errno)} instead of {' or '.join(map(_name, sorted(allowed)))}"
             )
-        elif outcome.errno == 0 and outcome.digest != _DIGEST:
+        elif outcome.errno == 0 and outcome.digest != self._right:
             self.problems.append(f"{what}: WRONG BYTES")
         elif outcome.errno and outcome.took_s > 2 * READ_TIMEOUT_S + SLACK_S:
             self.problems.append(f"{what}: took {outcome.took_s:.1f} s")
@@ -218,7 +225,7 @@ class FaultLoop:
         def reads() -> bool:
             outcome = self._read(key)
             found.append(outcome.errno)
-            return outcome.errno == 0 and outcome.digest == _DIGEST
+            return outcome.errno == 0 and outcome.digest == self._right
 
         try:
             wait_until(what, reads, timeout_s=patience_s)
