@@ -35,12 +35,14 @@ from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
+from valohai_fuse.obs.watchdog import Watchdog, block_signal
 from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import api_file, manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
+from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import SegmentStore
 
 log = logging.getLogger(__name__)
@@ -79,11 +81,15 @@ class Daemon:
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
-            store = SegmentStore(settings.cache_dir)
+            budget = _budget(settings)
+            room = Room(settings.cache_dir, budget)
+            store = SegmentStore(settings.cache_dir, room=room)
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            evictor = Evictor(settings.cache_dir, _budget(settings), touch_used=store.touch_used)
+            evictor = Evictor(
+                settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
+            )
             nursery.start_soon(evictor.run)
             pool = await stack.enter_async_context(open_pool(self._pool()))
             api = self._api()
@@ -115,15 +121,25 @@ class Daemon:
                 metrics=self.metrics,
                 describe=catalogue.object,
                 read_timeout_s=settings.read_timeout,
-                window_bytes_max=settings.readahead,
-                window_bytes_total=settings.readahead_total,
+                window_bytes_max=_within_cache(settings.readahead, settings, share=8),
+                window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
             )
-            self.inspection = Inspection(spec, catalogue, store, reader, leases, self.metrics, began_at_s=time.time())
+            self.inspection = Inspection(
+                spec,
+                catalogue,
+                store,
+                reader,
+                leases,
+                self.metrics,
+                requests_under_way=lambda: len(self.operations.under_way),
+                began_at_s=time.time(),
+            )
             self.operations = Operations(
                 tree=self.tree,
                 reader=reader,
                 sizing=sizing,
                 siblings=SiblingAhead(self.tree, reader.fetch_ahead),
+                metrics=self.metrics,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=self.inspection.attributes if settings.xattrs else None,
@@ -169,6 +185,13 @@ class Daemon:
                 handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
+            watchdog = Watchdog(
+                requests=self.operations.under_way,
+                deadline_s=settings.read_timeout,
+                metrics=self.metrics,
+                state=self.inspection.state,
+            )
+            await nursery.start(watchdog.run)
             files, size, _ = self.tree.totals()
             log.info("mounted at %s: %d files, %d bytes", spec.mountpoint, files, size)
             report.send(
@@ -232,6 +255,11 @@ def _budget(settings: Settings) -> Budget:
     return Budget(bytes_max=settings.cache_max_size, free_min_bytes=parse_bytes(wanted))
 
 
+def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
+    """Not more than a part of a small cache: what is fetched ahead must still be there when the reader comes."""
+    return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
+
+
 def _no_local_file(path: str) -> int:
     raise FileNotFoundError(path)
 
@@ -275,6 +303,7 @@ def main() -> int:
     settings = Settings(**spec.settings)
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
     logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
+    block_signal()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

@@ -7,6 +7,7 @@ inputs.json names the file by, cut at a query where it has one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -58,6 +59,7 @@ class Inspection:
         leases: Leases,
         metrics: Counts,
         *,
+        requests_under_way: Callable[[], int],
         began_at_s: float,
     ) -> None:
         self._spec = spec
@@ -67,15 +69,22 @@ class Inspection:
         self._reader = reader
         self._leases = leases
         self._metrics = metrics
+        self._requests_under_way = requests_under_way
         self._began_at_s = began_at_s
 
     async def status(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - a handler's shape
         """The `status` answer: what is mounted, what is open, all metrics."""
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        """The same for a dump."""
         files, size, unknown = self._tree.totals()
         reader = self._reader.statistics()
         self._metrics.gauge("open_files", reader.handles)
         self._metrics.gauge("reads_under_way", reader.reads_waiting)
         self._metrics.gauge("flights", reader.flights)
+        self._metrics.gauge("requests_under_way", self._requests_under_way())
+        self._metrics.gauge("tasks", trio.lowlevel.current_statistics().tasks_living)
         return {
             "pid": os.getpid(),
             "mountpoint": self._spec.mountpoint,

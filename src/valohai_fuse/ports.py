@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -213,6 +214,21 @@ class BlockStore(Protocol):
 
     def segment_path(self, key: ObjectKey, offset: int) -> str:
         """Where a worker lands the segment that holds byte `offset`; directories made as needed."""
+        ...
+
+    def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AbstractAsyncContextManager[str | None]:
+        """`segment_path` for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is
+        taken before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for
+        (`ahead`); what somebody waits for gets a place in any case."""
+        ...
+
+    def claim(self, key: ObjectKey, extent: Extent) -> bool:
+        """Tells other processes that `extent` (within one segment) is being fetched here; False: one of them is fetching some
+        of it. Advice only: whoever waits for the other does so for a bounded time."""
+        ...
+
+    def unclaim(self, key: ObjectKey, extent: Extent) -> None:
+        """Takes a claim back."""
         ...
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:

@@ -475,6 +475,7 @@ def test_a_disk_that_hangs_is_not_waited_for(cache: str, monkeypatch: pytest.Mon
     land(store)
     assert read(store) == ramp(ALL)
     store.close()
+    os.close(released)
 
 
 def test_an_unreadable_sector_is_absence(

@@ -7,6 +7,8 @@ Blocks are landed with `land` (by key) or `land_order` (by the path that an orde
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import trio
@@ -32,6 +34,13 @@ class FakeBlockStore:
         """How long `read` takes, on trio's clock."""
         self.reads = 0
         self.reads_nowait = 0
+        self.full = False
+        """True: nothing is granted to what nobody waits for."""
+        self.landings = 0
+        """Under way."""
+        self.claimed: list[tuple[ObjectKey, Extent]] = []
+        self.claimed_by_others: list[tuple[ObjectKey, Extent]] = []
+        """What another process says that it fetches."""
         self.landings_failed: list[tuple[ObjectKey, int, str]] = []
         self._segments: dict[tuple[ObjectKey, int], _Segment] = {}
         self._places: dict[str, tuple[ObjectKey, int]] = {}
@@ -131,6 +140,29 @@ class FakeBlockStore:
         path = f"/fake/{where}/{key.size}/{place[1]:x}/{key.stable_id}"
         self._places[path] = place
         return path
+
+    @contextlib.asynccontextmanager
+    async def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AsyncIterator[str | None]:
+        """See `ports.BlockStore`; there is room unless `full`."""
+        if self.full and ahead:
+            yield None
+            return
+        self.landings += 1
+        try:
+            yield self.segment_path(key, extent.start)
+        finally:
+            self.landings -= 1
+
+    def claim(self, key: ObjectKey, extent: Extent) -> bool:
+        """See `ports.BlockStore`."""
+        if any(other == key and claimed.overlaps(extent) for other, claimed in self.claimed_by_others):
+            return False
+        self.claimed.append((key, extent))
+        return True
+
+    def unclaim(self, key: ObjectKey, extent: Extent) -> None:
+        """See `ports.BlockStore`."""
+        self.claimed.remove((key, extent))
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
         """See `ports.BlockStore`."""

@@ -15,6 +15,7 @@ import pytest
 
 from support.mounts import run_cli
 from valohai_fuse.cli import fuse_access, main, mount_helper, options, output, starting
+from valohai_fuse.cli.cache import cache
 from valohai_fuse.errors import (
     ConfigurationError,
     FuseUnavailableError,
@@ -30,12 +31,15 @@ from valohai_fuse.sources.manifest_file import InputSummary
 LOCATIONS = ("--config-dir", "--inputs-dir", "--cache-dir")
 
 
-@pytest.mark.parametrize("verb", main.VERBS)
+COMMANDS = [verb for verb in main.VERBS if verb != "cache"] + [f"cache {name}" for name in cache.commands]
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_has_help_with_an_example_and_the_three_locations(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every command has --help with an example, and takes the three location flags."""
-    assert main.run([verb, "--help"]) == 0
+    assert main.run([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"Example:\n  valohai-fuse {verb}" in shown
     assert all(flag in shown for flag in LOCATIONS)

@@ -221,9 +221,20 @@ def status(settings: Settings, for_programs: bool, watch: bool) -> int:
         if one.state in {"dead", "silent"}:
             hint = f"valohai-fuse unmount {one.mountpoint}, or mount it again"
             output.warning(f"{one.mountpoint} is {one.state}" + (f"; its log: {one.log}" if one.log else ""), hint)
+        if trouble := _trouble(one):
+            output.warning(f"{one.mountpoint}: {trouble}" + (f"; its log says where: {one.log}" if one.log else ""))
         for reading in one.answer.get("open_files", []):
             output.say(f"reading {one.mountpoint}: {_reading(reading)}")
     return _code(now)
+
+
+def _trouble(one: Seen) -> str:
+    """What the daemon's watchdog has seen, in words; empty when nothing."""
+    overdue, stalls = (int(one.metrics.get(name, 0)) for name in ("requests_overdue", "loop_stalls"))
+    longest_s = one.metrics.get("loop_stall_seconds_max", 0)
+    said = [f"{overdue} requests outlived their deadline"] if overdue else []
+    said += [f"it stood still {stalls} times, for {longest_s:.1f} s at the longest"] if stalls else []
+    return ", ".join(said)
 
 
 def _code(seen: list[Seen]) -> int:

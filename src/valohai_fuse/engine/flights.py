@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.engine import sharing
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.objects import RemoteObject
 from valohai_fuse.model.extents import Extent, split_by_segment
@@ -201,7 +202,8 @@ class Flights:
         error: errors.ReadError | None = None  # cancelled: a reader that came in the same moment begins anew
         try:
             with flight.scope:
-                error = await self._attempts(flight)
+                async with sharing.fetched_once(self._store, flight):
+                    error = await self._attempts(flight)
         except Exception as bug:  # this edge absorbs bugs: one failed flight, not a dead mount
             log.exception("a fetch of %s failed for an unforeseen reason", flight.object.label)
             error = errors.ReadError(f"{flight.object.label}: {type(bug).__name__}")
@@ -218,7 +220,7 @@ class Flights:
         retry = RetryState(random=random.random)
         began = trio.current_time()
         refused: Lease | None = None
-        while True:
+        while flight.coming:
             lease: Lease | None = None
             landed = flight.landed
             failure: FetchFailed | errors.ValohaiFuseError
@@ -249,6 +251,7 @@ class Flights:
             refused = lease if isinstance(decision, Renew) else None
             if isinstance(decision, RetryAfter):
                 await trio.sleep(decision.delay_s)
+        return None  # another process has brought all of it
 
     def _note(self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError) -> bool:
         """Tells whoever learns from a failure. True: it is mended, repeat at once."""
@@ -270,20 +273,24 @@ class Flights:
                     obj.adopt(message.version)
                 flight.advance(min(message.upto, flight.extent.stop))
 
-        order = FetchOrder(
-            key=obj.key,
-            extent=Extent(flight.landed, flight.extent.stop),
-            lease=lease,
-            expect_version=obj.version,
-            segment_path=self._store.segment_path(obj.key, flight.extent.start),
-            priority=Priority.DEMAND if flight.wanted else flight.priority,
-            turn=flight.turn,
-        )
-        flight.order = order
-        try:
-            fetched: Fetched = await self._fetcher.fetch(order, landed)
-        finally:
-            flight.order = None
+        priority = Priority.DEMAND if flight.wanted else flight.priority
+        async with self._store.landing(obj.key, flight.coming, ahead=priority is Priority.AHEAD) as path:
+            if path is None:
+                return  # no room for what nobody waits for
+            order = FetchOrder(
+                key=obj.key,
+                extent=flight.coming,
+                lease=lease,
+                expect_version=obj.version,
+                segment_path=path,
+                priority=Priority.DEMAND if flight.wanted else priority,
+                turn=flight.turn,
+            )
+            flight.order = order
+            try:
+                fetched: Fetched = await self._fetcher.fetch(order, landed)
+            finally:
+                flight.order = None
         if obj.generation != generation:
             raise errors.ObjectChangedError(f"{obj.label}: the object has changed in its store")
         obj.adopt(fetched.version)

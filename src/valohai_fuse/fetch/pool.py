@@ -88,20 +88,20 @@ class WorkerPool:
         *,
         metrics: Metrics,
         workers: int = 0,
-        connections: int = 16,
+        connections: int = 32,
         connect_timeout_s: float = 10,
         stall_timeout_s: float = 30,
         ca_file: str | None = None,
         idle_s: float = 60,
     ) -> None:
-        """`workers` 0: as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
+        """`workers` 0: half as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
 
         Raises ConfigurationError when `ca_file` cannot be read.
         """
         if ca_file is not None and not os.access(ca_file, os.R_OK):
             raise ConfigurationError(f"cannot read the certificate authorities in {ca_file}", hint="check --ca-file")
         self._metrics = metrics
-        self._workers_max = workers or min(4, len(os.sched_getaffinity(0)))
+        self._workers_max = workers or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._idle_s = idle_s
@@ -250,6 +250,11 @@ class WorkerPool:
             self._progress(ticket, message)
         elif isinstance(message, wire.Done):
             worker.idle_connections[ticket.origin] += 1
+            extent = ticket.order.extent
+            if ticket.landed_bytes < len(extent):
+                self._progress(ticket, wire.Landed(id=message.id, upto=extent.stop, version=message.version))
+            if ticket.ended.is_set():
+                return  # whoever ordered did not like what landed
             self._count(message.fetched_bytes - ticket.landed_bytes, new_connection=message.new_connection)
             self._conclude(
                 ticket,
@@ -334,6 +339,7 @@ class WorkerPool:
             return
         worker = _Worker(process, idle_since_s=trio.current_time())
         self._workers.append(worker)
+        self._metrics.count("workers_started")
         self._metrics.gauge("workers", len(self._workers))
         if len(self._workers) > 1:
             self._several_workers.set()
@@ -349,6 +355,8 @@ class WorkerPool:
         if worker in self._workers:  # not one that was closed for idleness
             self._workers.remove(worker)
             self._metrics.gauge("workers", len(self._workers))
+            if self._nursery is not None:
+                self._metrics.count("workers_lost")
         if worker.orders and self._nursery is not None:
             _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.orders))
         for ticket in list(worker.orders.values()):
@@ -395,6 +403,7 @@ def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:
         stop=order.extent.stop,
         expect_version=order.expect_version,
         segment_path=os.fsencode(order.segment_path),
+        awaited=order.priority is Priority.DEMAND,
     )
 
 

@@ -1,8 +1,8 @@
 """One order on its way through a worker: what has arrived, what of it is landed, and how it ends.
 
 libcurl appends header lines and body chunks to two lists (`list.append` is the callback: no Python frame per 16 KiB); the
-loop calls `advance` after each socket event, and everything is decided there. The first whole block is landed at once,
-because a reader waits for it; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
+loop calls `advance` after each socket event, and everything is decided there. Where a reader waits, the first whole block
+is landed at once; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
 each landing costs two writes here and a wake-up in the daemon.
 
 Invariants: nothing is landed before `response.accept` said yes; bytes land in ascending order, each once, in whole blocks
@@ -28,6 +28,8 @@ from valohai_fuse.ports import FailureKind, ObjectKey
 
 LAND_BYTES: Final = 1024 * 1024
 LAND_INTERVAL_S: Final = 0.003
+PATIENT_INTERVAL_S: Final = 0.02
+"""The same for an order that nobody waits for (yet)."""
 PROGRESS_BYTES: Final = 16 * 1024
 """So much must come within the stall timeout to count as progress (550 B/s by default): a connection that trickles is as good
 as dead, and a reader would wait for it until its deadline while a new connection serves."""
@@ -102,6 +104,7 @@ class Transfer:
         self._landing: Landing | None = None
         self._started_at_s = now_s
         self._landed_at_s = 0.0
+        self._interval_s = LAND_INTERVAL_S if order.awaited else PATIENT_INTERVAL_S
         self._lease_origin = location.origin(self.url)
         self._redirects = 0
         self._head_lines: list[bytes] = []
@@ -181,7 +184,7 @@ class Transfer:
         if due == 0 or (
             due < LAND_BYTES
             and self._landed_upto + due < self.order.stop
-            and now_s - self._landed_at_s < LAND_INTERVAL_S
+            and now_s - self._landed_at_s < self._interval_s
         ):
             return None
         return self._land(due, now_s)
@@ -189,7 +192,7 @@ class Transfer:
     @property
     def land_at_s(self) -> float | None:
         """When `advance` is to be called even if nothing arrives; None: no need."""
-        return self._landed_at_s + LAND_INTERVAL_S if self._due_bytes() else None
+        return self._landed_at_s + self._interval_s if self._due_bytes() else None
 
     @property
     def complete(self) -> bool:
@@ -201,7 +204,7 @@ class Transfer:
         """Whether the extent has landed and more of the body is to come that nobody wants."""
         return self.complete and self._body is not None and self._body_bytes < self._body.total_bytes
 
-    def finish(self, now_s: float) -> Landed | None:
+    def finish(self, now_s: float) -> None:
         """The body has ended as HTTP has it. Lands the rest; raises Rejected if it is not the whole of it."""
         if self._body is None and not self._incoming:
             self._judge()
@@ -216,10 +219,15 @@ class Transfer:
             raise Rejected(kind, f"the body ended after {self._body_bytes} of {body.total_bytes} bytes")
         body.hold = False
         due = self._due_bytes()
-        return self._land(due, now_s) if due else None
+        if due:
+            self._land(due, now_s)
 
     def salvage(self, now_s: float) -> Landed | None:
-        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again. Raises OSError."""
+        """Lands the whole blocks that came before a connection broke, so that they need not be fetched again.
+
+        Raises Rejected, OSError.
+        """
+        self._take()
         due = self._due_bytes()
         return self._land(due, now_s) if due else None
 
@@ -283,6 +291,8 @@ class Transfer:
         if head.status in {200, 206}:
             self._body = response.accept(self.order, head)
             self._skip_left_bytes = self._body.skip_bytes
+            if not self.order.awaited:
+                self._landed_at_s = time.monotonic()  # the first block is in no hurry
 
     def _take(self) -> None:
         """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""

@@ -73,8 +73,8 @@ class Worker:
             if self._curl_timer_at_s is not None and now_s >= self._curl_timer_at_s:
                 self._curl_timer_at_s = None
                 self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+            self._collect(now_s)  # first: what has ended is told in one message, not two
             self._advance(now_s)
-            self._collect(now_s)
             self._flush()
 
     # --- libcurl's side -----------------------------------------------------------------------------------------------
@@ -223,9 +223,7 @@ class Worker:
                 transfer.prepare()
                 self._multi.add_handle(transfer.curl)
                 return
-            landed = transfer.finish(now_s)
-            if landed is not None:
-                self._post(landed)
+            transfer.finish(now_s)
             self._done(transfer, now_s)
         except Rejected as rejected:
             self._fail(transfer, rejected)

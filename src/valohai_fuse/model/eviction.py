@@ -13,6 +13,9 @@ SLACK_SHARE = 0.01
 """Evicting goes that much below the bound, so that the next landing does not call for the next scan at once."""
 
 
+SLACK_BYTES = 64 * 1024 * 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The bounds of a cache directory; 0 means no bound."""
@@ -24,9 +27,23 @@ class Budget:
     free_min_share: float = 0.0
     """The same as a share (0.0-1.0) of the file system; the larger of the two counts."""
 
+    @property
+    def slack_bytes(self) -> int:
+        """How far below the bound room is kept free where it is taken in advance, so that nobody waits for a scan.
+
+        At most an eighth of a small cache, at least a percent of a huge one.
+        """
+        if not self.bytes_max:
+            return SLACK_BYTES
+        return max(int(self.bytes_max * SLACK_SHARE), min(SLACK_BYTES, self.bytes_max // 8))
+
+    def free_wanted_bytes(self, capacity_bytes: int) -> int:
+        """What must stay free on a file system of that size."""
+        return max(self.free_min_bytes, int(self.free_min_share * capacity_bytes))
+
     def lacking_bytes(self, free_bytes: int, capacity_bytes: int) -> int:
         """How many bytes must become free on a file system, slack included; 0 when enough is free."""
-        wanted = max(self.free_min_bytes, int(self.free_min_share * capacity_bytes))
+        wanted = self.free_wanted_bytes(capacity_bytes)
         return int((wanted - free_bytes) + wanted * SLACK_SHARE) if free_bytes < wanted else 0
 
     def excess_bytes(self, cached_bytes: int, free_bytes: int, capacity_bytes: int) -> int:
@@ -35,6 +52,20 @@ class Budget:
         if self.bytes_max and cached_bytes > self.bytes_max:
             excess = int(cached_bytes - self.bytes_max + self.bytes_max * SLACK_SHARE)
         return min(cached_bytes, max(excess, self.lacking_bytes(free_bytes, capacity_bytes)))
+
+    def pressing_bytes(self, used_bytes: int, free_bytes: int, capacity_bytes: int) -> int:
+        """The same where room is taken in advance: `used_bytes` and `free_bytes` count what is taken as used.
+
+        Begins when half of the slack is used up, and frees until all of it is there again.
+        """
+        excess = 0
+        if self.bytes_max and used_bytes > self.bytes_max - self.slack_bytes // 2:
+            excess = used_bytes - (self.bytes_max - self.slack_bytes)
+        if self.free_min_bytes or self.free_min_share:
+            spare = free_bytes - self.free_wanted_bytes(capacity_bytes)
+            if spare < self.slack_bytes // 2:
+                excess = max(excess, self.slack_bytes - spare)
+        return excess
 
 
 @dataclass(frozen=True, slots=True, order=True)

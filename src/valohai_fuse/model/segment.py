@@ -102,6 +102,13 @@ def blocks_in(byte_count: int) -> int:
     return -(-byte_count // BLOCK_BYTES)
 
 
+def bytes_on_disk_max(byte_count: int) -> int:
+    """What `byte_count` bytes, landed in one segment, add to what the disk holds at the most: their own pages, the header's,
+    and one for the file system's notes on a file in several pieces."""
+    pages = -(-byte_count // PAGE_BYTES) + 1 + (byte_count > BLOCK_BYTES)
+    return pages * PAGE_BYTES
+
+
 def encode_header(stable_id: str, size: int, segment_index: int, version: str) -> bytes:
     """The HEADER_BYTES that stand before the table. The same arguments always give the same bytes.
 

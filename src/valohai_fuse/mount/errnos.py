@@ -10,14 +10,25 @@ import errno
 import functools
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
 from valohai_fuse import errors
+from valohai_fuse.mount.under_way import RequestsUnderWay
+from valohai_fuse.ports import Metrics
 
 log = logging.getLogger(__name__)
 
+
+class Handlers(Protocol):
+    """Whose methods are guarded."""
+
+    under_way: RequestsUnderWay
+    metrics: Metrics
+
+
+H = TypeVar("H", bound=Handlers)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,23 +51,35 @@ def errno_of(error: errors.ValohaiFuseError, *, naming: bool = False) -> int:
 
 def guarded(
     *, naming: bool = False
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-    """Decorates a FUSE handler: whatever it raises leaves as FUSEError."""
+) -> Callable[
+    [Callable[Concatenate[H, P], Coroutine[Any, Any, R]]], Callable[Concatenate[H, P], Coroutine[Any, Any, R]]
+]:
+    """Decorates a FUSE handler: whatever it raises leaves as FUSEError, and while it runs it stands in `under_way`."""
 
-    def decorate(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    def decorate(
+        handler: Callable[Concatenate[H, P], Coroutine[Any, Any, R]],
+    ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, R]]:
+        name = handler.__name__
+
         @functools.wraps(handler)
-        async def guard(*args: P.args, **kwargs: P.kwargs) -> R:
+        async def guard(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            entry = self.under_way.begin(name)
             try:
-                return await handler(*args, **kwargs)
+                return await handler(self, *args, **kwargs)
             except pyfuse3.FUSEError:
                 raise
             except errors.ValohaiFuseError as error:
                 number = errno_of(error, naming=naming)
-                log.info("%s: %s -> %s", handler.__name__, error, errno.errorcode[number])
+                if name == "read":
+                    self.metrics.count("read_errors")
+                log.info("%s: %s -> %s", name, error, errno.errorcode[number])
                 raise pyfuse3.FUSEError(number) from None
             except Exception as bug:
-                log.exception("%s failed for an unforeseen reason", handler.__name__)
+                self.metrics.count("handler_errors")
+                log.exception("%s failed for an unforeseen reason", name)
                 raise pyfuse3.FUSEError(errno.EIO) from bug
+            finally:
+                self.under_way.end(entry)
 
         return guard
 

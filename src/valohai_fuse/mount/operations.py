@@ -34,6 +34,8 @@ from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.engine.sizing import Sizing
 from valohai_fuse.model.tree import Inode, Tree
 from valohai_fuse.mount.errnos import guarded
+from valohai_fuse.mount.under_way import RequestsUnderWay
+from valohai_fuse.ports import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Operations(pyfuse3.Operations):
         reader: Reader,
         sizing: Sizing,
         siblings: SiblingAhead,
+        metrics: Metrics,
         owner: Ownership,
         open_local: Callable[[str], int],
         attributes_of: Callable[[Inode], dict[bytes, bytes]] | None,
@@ -93,13 +96,15 @@ class Operations(pyfuse3.Operations):
         self._handles: dict[int, _RemoteHandle | _LocalHandle] = {}
         self._directories: dict[int, Sequence[tuple[bytes, Inode]]] = {}
         self._next_handle = 1
-        self.reads_under_way = 0
+        self.metrics = metrics
+        self.under_way = RequestsUnderWay()
 
     # --- names and attributes ---
 
     @guarded(naming=True)
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:  # noqa: ARG002
         """A name in a directory; an unknown size is asked for here."""
+        self.metrics.count("lookups")
         inode = self._tree.lookup(Inode(parent_inode), name)
         if inode is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
@@ -181,6 +186,7 @@ class Operations(pyfuse3.Operations):
             handle, keep_cache = self._reader.open(own)
             opened = _RemoteHandle(handle)
             self._siblings.on_open(own)
+        self.metrics.count("opens")
         number = self._number()
         self._handles[number] = opened
         return FileInfo(fh=FileHandleT(number), keep_cache=keep_cache)
@@ -189,13 +195,9 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> Bytes:  # type: ignore[override]  # any buffer is accepted
         """Exactly the bytes asked for, fewer only at the end."""
         opened = self._handles[fh]
-        self.reads_under_way += 1
-        try:
-            if isinstance(opened, _RemoteHandle):
-                return await self._reader.read(opened.handle, off, size)
-            return await trio.to_thread.run_sync(os.pread, opened.descriptor, size, off)
-        finally:
-            self.reads_under_way -= 1
+        if isinstance(opened, _RemoteHandle):
+            return await self._reader.read(opened.handle, off, size)
+        return await trio.to_thread.run_sync(os.pread, opened.descriptor, size, off)
 
     @guarded()
     async def release(self, fh: FileHandleT) -> None:

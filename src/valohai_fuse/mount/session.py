@@ -37,6 +37,7 @@ class Session:
         self.mountpoint = mountpoint
         self.ended = trio.Event()
         """The kernel or `close` ended the session: nothing is served any more."""
+        self._serving = trio.CancelScope()
 
     def mount(self, *, source: str, allow_other: bool) -> None:
         """Mounts. Raises FuseUnavailableError or MountFailedError; nothing is left mounted then."""
@@ -53,8 +54,9 @@ class Session:
     async def serve(self) -> None:
         """Answers the kernel until the mount is gone or `close` is called."""
         try:
-            main: Awaitable[None] = pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
-            await main
+            with self._serving:
+                main: Awaitable[None] = pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
+                await main
         finally:
             self.ended.set()
 
@@ -92,9 +94,11 @@ class Session:
         pyfuse3.close(unmount=False)
 
     def terminate(self) -> None:
-        """Makes `serve` return."""
+        """Makes `serve` return, also while requests are being answered: pyfuse3 alone would wait for them, as long as their
+        deadline is. They fail in the kernel with `close`."""
         if not self.ended.is_set():
             pyfuse3.terminate()
+            self._serving.cancel()
 
 
 def _option(text: str) -> str:

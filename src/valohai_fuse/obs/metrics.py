@@ -32,13 +32,18 @@ COUNTERS: Final[Mapping[str, str]] = {
     "urls_refused": "Signed URLs that a store refused.",
     "blocks_corrupt": "Cached blocks that failed their verification and were fetched again.",
     "cache_errors": "Errors of the cache's disk.",
+    "requests_overdue": "Requests of the kernel that outlived their deadline.",
+    "loop_stalls": "Passes of the event loop that took longer than 0.25 s.",
     "handler_errors": "Unexpected exceptions that the guard turned into EIO.",
 }
 GAUGES: Final[Mapping[str, str]] = {
     "open_files": "Files open now.",
     "reads_under_way": "Reads that are being waited for.",
+    "requests_under_way": "Requests of the kernel that are being answered.",
+    "loop_stall_seconds_max": "The longest of the stalls.",
     "flights": "Runs of blocks being fetched.",
     "flights_ahead": "Those of them that no reader waits for.",
+    "tasks": "Tasks of the daemon's event loop.",
     "workers": "Fetch processes running.",
     "hot_bytes": "Bytes of cached segments held open or in memory.",
     "clock_skew_seconds": "How far this machine's clock is ahead of the store's.",

@@ -34,6 +34,19 @@ def prepare(cache_dir: str) -> str:
     return home
 
 
+def check_existing(cache_dir: str) -> None:
+    """Makes nothing. Raises ConfigurationError when there is no cache, or it is not safe to use."""
+    for path in (cache_dir, os.path.join(cache_dir, FORMAT_DIRECTORY)):
+        try:
+            _check(path)
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"there is no block cache in {cache_dir}", hint="say where it is with --cache-dir"
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(f"{cache_dir}: {error.strerror}") from None
+
+
 def _check(path: str) -> None:
     found = os.lstat(path)
     if stat.S_ISLNK(found.st_mode):

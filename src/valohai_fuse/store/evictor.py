@@ -1,7 +1,11 @@
 """Keeps the cache directory within its budget: scans, and deletes the least recently used segments.
 
-"Used" is the time of a file's last change: landing changes a file, and the store touches what was read, at most once per
-scan. So all processes and hosts that share the directory see one order, without an index.
+"Used" is the time of a file's last change: landing changes a file, and the store touches what was read, unless it is young
+anyway. So all processes and hosts that share the directory see one order, without an index. What somebody is fetching into
+stays (`store.claims`), and what is being read here goes last.
+
+With a `Room` it works ahead: fetches take room before they begin, and a pass runs as soon as half of the slack below the
+bound is taken, so that a fetch rarely waits for one.
 
 Nothing depends on this for correctness: a segment may vanish at any moment, under readers and writers (see `store.opened`).
 A deleted file is also cut to length 0, for others may have it open, and its room would stay taken until they let go. One
@@ -19,18 +23,27 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import trio
 
 from valohai_fuse.model.eviction import Budget, Oldest, Segment
 from valohai_fuse.model.segment import FORMAT_DIRECTORY
+from valohai_fuse.store.claims import Claims
+from valohai_fuse.store.room import Room
 
 log = logging.getLogger("valohai_fuse.store")
 
 INTERVAL_S = 5.0
 _SCAN_SHARE_MAX = 0.05
-"""Of its time the evictor spends at most this share scanning: a huge or slow directory is scanned more rarely."""
+"""Of its time the evictor spends at most this share scanning: a huge or slow directory is scanned more rarely. Not so where
+fetches wait for room: then a scan follows upon the other, and each frees the whole slack."""
+_FRUITLESS_PAUSE_S = 0.05
+"""After a pass that was wanted and freed nothing: others have the lock, or all is in use, or the disk is full of others' files."""
+_LOCK_PATIENCE_S = 0.5
+"""How long a pass that is wanted waits for another process's to end."""
+_LOCK_POLL_S = 0.005
 _SECTOR_BYTES = 512
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _NAME = re.compile(r"[0-9a-f]{40}\.[0-9a-f]+")
@@ -91,32 +104,69 @@ def evict(cache_dir: str, candidate: Segment) -> bool:
     return True
 
 
+def choose(found: Iterator[Segment], wanted_bytes: int, in_use: AbstractSet[str]) -> list[Segment]:
+    """The least recently used, oldest first; those in use come last and only where the others are not enough."""
+    idle, busy = Oldest(wanted_bytes), []
+    for candidate in found:
+        if candidate.name in in_use:
+            busy.append(candidate)
+        else:
+            idle.offer(candidate)
+    chosen = idle.chosen()
+    lacking_bytes = wanted_bytes - sum(candidate.bytes_on_disk for candidate in chosen)
+    if lacking_bytes > 0:
+        rest = Oldest(lacking_bytes)
+        for candidate in busy:
+            rest.offer(candidate)
+        chosen += rest.chosen()
+    return chosen
+
+
 class Evictor:
-    """Keeps one directory within `budget`. `touch_used` marks what was read since the last pass, in the directory."""
+    """Keeps one directory within `budget`. `touch_used` marks what was read since the last pass, in the directory; `in_use`
+    names the segments that are being read here. Both are called in the evictor's thread."""
 
     def __init__(
         self,
         cache_dir: str,
         budget: Budget,
         *,
+        room: Room | None = None,
         touch_used: Callable[[], None] = lambda: None,
+        in_use: Callable[[], AbstractSet[str]] = frozenset,
         interval_s: float = INTERVAL_S,
     ) -> None:
+        """With `room`, a pass also runs as soon as that wants one."""
         self._cache_dir = cache_dir
         self._budget = budget
+        self._room = room
         self._touch_used = touch_used
+        self._in_use = in_use
         self._interval_s = interval_s
 
     async def run(self) -> None:
         """Passes for ever, each in a thread; cancel to end."""
         while True:
             start_s = time.monotonic()
-            await trio.to_thread.run_sync(self.run_pass, abandon_on_cancel=True)
+            done = await trio.to_thread.run_sync(self.run_pass, abandon_on_cancel=True)
             took_s = time.monotonic() - start_s
-            await trio.sleep(max(self._interval_s, took_s / _SCAN_SHARE_MAX))
+            pause_s = max(self._interval_s, took_s / _SCAN_SHARE_MAX)
+            if self._room is None:
+                await trio.sleep(pause_s)
+                continue
+            fruitless = self._room.wanted.is_set() and not done.evicted_segments
+            self._room.wanted = trio.Event()
+            self._room.notify(fruitless=fruitless)
+            if fruitless:
+                await trio.sleep(max(_FRUITLESS_PAUSE_S, took_s))
+            with trio.move_on_after(pause_s):
+                await self._room.wanted.wait()
 
     def run_pass(self) -> Pass:
         """Looks once, and evicts what is too much. Blocks; never raises OSError."""
+        self._touch_used()
+        if self._room is not None:
+            self._room.beat()
         try:
             with self._alone() as alone:
                 return self._run_alone() if alone else Pass()
@@ -125,36 +175,64 @@ class Evictor:
             return Pass()
 
     def _run_alone(self) -> Pass:
-        self._touch_used()
+        budget, room = self._budget, self._room
         disk = os.statvfs(self._cache_dir)
         free_bytes, capacity_bytes = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        if not self._budget.bytes_max and not self._budget.lacking_bytes(free_bytes, capacity_bytes):
+        if room is not None:
+            free_bytes -= room.reserved_bytes()
+            lacking = budget.pressing_bytes(0, free_bytes, capacity_bytes)
+        else:
+            lacking = budget.lacking_bytes(free_bytes, capacity_bytes)
+        if not budget.bytes_max and not lacking:
             return Pass()
+        before = room.records_swept() if room is not None else {}
         segments = cached_bytes = 0
         for found in scan(self._cache_dir):
             segments += 1
             cached_bytes += found.bytes_on_disk
-        excess_bytes = self._budget.excess_bytes(cached_bytes, free_bytes, capacity_bytes)
-        if not excess_bytes:
+        if room is not None:
+            room.measured(before, room.records_now(), cached_bytes)
+            excess_bytes = budget.pressing_bytes(room.used_bytes(), free_bytes, capacity_bytes)
+        else:
+            excess_bytes = budget.excess_bytes(cached_bytes, free_bytes, capacity_bytes)
+        if excess_bytes <= 0:
             return Pass(True, segments, cached_bytes)
-        oldest = Oldest(excess_bytes)
-        for found in scan(self._cache_dir):
-            oldest.offer(found)
-        evicted = [found.bytes_on_disk for found in oldest.chosen() if evict(self._cache_dir, found)]
+        evicted = self._evict(excess_bytes)
         return Pass(True, segments, cached_bytes, len(evicted), sum(evicted))
+
+    def _evict(self, wanted_bytes: int) -> list[int]:
+        """Frees about that much; returns how much each segment has given."""
+        evicted: list[int] = []
+        claims = Claims(self._cache_dir)
+        try:
+            for candidate in choose(scan(self._cache_dir), wanted_bytes, self._in_use()):
+                if not claims.is_claimed(candidate.name) and evict(self._cache_dir, candidate):
+                    evicted.append(candidate.bytes_on_disk)
+                    if self._room is not None:
+                        self._room.evicted(candidate.bytes_on_disk)
+        finally:
+            claims.close()
+        return evicted
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
         """Whether nobody else is evicting here, as far as the file system can tell. Raises OSError."""
         fd = os.open(os.path.join(self._cache_dir, FORMAT_DIRECTORY), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         try:
+            yield self._lock(fd)
+        finally:
+            os.close(fd)
+
+    def _lock(self, fd: int) -> bool:
+        give_up_s = time.monotonic() + (_LOCK_PATIENCE_S if self._room is not None else 0)
+        while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-                return
+                if time.monotonic() >= give_up_s:
+                    return False
+                time.sleep(_LOCK_POLL_S)
             except OSError:
-                pass  # no locks on this file system: two evictors at once only evict too much
-            yield True
-        finally:
-            os.close(fd)
+                return True  # no locks on this file system: two evictors at once only evict too much
+            else:
+                return True

@@ -48,6 +48,7 @@ class OpenSegment:
         "index",
         "key",
         "never_waits",
+        "read_at_s",
         "used",
     )
 
@@ -59,6 +60,8 @@ class OpenSegment:
         self.never_waits = never_waits
         self.used = False
         """Read since the store last marked what was used."""
+        self.read_at_s = 0.0
+        """When it was last read, by the store's monotonic clock."""
         self.file_id: tuple[int, int] | None = None
         self.contents: Contents | None = None
         self._first_block = index * SEGMENT_BLOCKS

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from cachetools import LRUCache, TTLCache
@@ -31,6 +32,11 @@ from valohai_fuse.store.opened import Contents, OpenSegment
 FAULTS_TOLERATED = 2
 FAULT_MEMORY_S = 600.0
 _FAULTS_MAX = 4096
+TOUCH_AGE_S = 10.0
+"""A file that is younger is not touched. So what a reader streams through keeps the order in which it landed, and what was
+read already goes before what was fetched ahead."""
+READING_S = 5.0
+"""The segment of an object that was last read, if that was less than READING_S ago, is being read."""
 _USED_MAX = 65536
 """Segments read between two touches; what is beyond passes for as old as its last touch."""
 
@@ -58,6 +64,7 @@ class Places:
         self._lock = threading.Lock()
         self._opened: LRUCache[Place, OpenSegment] = LRUCache(max(1, descriptors_max))
         self._memory = MemorySegments(memory_bytes_max)
+        self._monotonic = monotonic
         self._faults: TTLCache[Place, int] = TTLCache(_FAULTS_MAX, FAULT_MEMORY_S, timer=monotonic)
         self._used: set[Place] = set()
         self.blocks_distrusted = 0
@@ -80,9 +87,13 @@ class Places:
 
     def path(self, place: Place) -> str:
         """Where the segment's file is, if it is."""
+        return os.path.join(self._home, self.name(place))
+
+    @staticmethod
+    def name(place: Place) -> str:
+        """The same below the format's directory."""
         key, index = place
-        digest = segment.object_digest(key.stable_id, key.size)
-        return os.path.join(self._home, segment.segment_name(digest.hex(), index))
+        return segment.segment_name(segment.object_digest(key.stable_id, key.size).hex(), index)
 
     def memory_path(self, place: Place) -> str:
         """Where a worker lands the segment in memory. Raises OSError."""
@@ -177,6 +188,9 @@ class Places:
 
     def mark_used(self, opened: OpenSegment) -> None:
         """Remembers, until `touch_used`, that the segment was read. Costs next to nothing the second time."""
+        opened.read_at_s = self._monotonic()
+        if opened.used:
+            return
         if opened.file_id is None:
             opened.used = True
             return
@@ -186,7 +200,7 @@ class Places:
                 self._used.add((opened.key, opened.index))
 
     def touch_used(self) -> None:
-        """Sets the time of the files that were read, by which evictors of all processes see what is in use. Blocks."""
+        """Sets the time of the files that were read, by which evictors of all processes see what is used. Blocks."""
         with self._lock:
             used, self._used = self._used, set()
             for place in used:
@@ -194,8 +208,22 @@ class Places:
                 if opened is not None:
                     opened.used = False
         for place in used:
+            path = self.path(place)
             with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that takes no writes
-                os.utime(self.path(place), follow_symlinks=False)
+                if time.time() - os.stat(path, follow_symlinks=False).st_mtime > TOUCH_AGE_S:
+                    os.utime(path, follow_symlinks=False)
+
+    def being_read(self) -> set[str]:
+        """Names, below the format's directory, of the segments that readers are at: of each object the last one."""
+        since_s = self._monotonic() - READING_S
+        latest: dict[ObjectKey, OpenSegment] = {}
+        with self._lock:
+            for opened in self._opened.values():
+                if opened.read_at_s > since_s and (
+                    opened.key not in latest or latest[opened.key].read_at_s < opened.read_at_s
+                ):
+                    latest[opened.key] = opened
+        return {self.name((opened.key, opened.index)) for opened in latest.values()}
 
     # --- what goes wrong ----------------------------------------------------------------------------------------------
 

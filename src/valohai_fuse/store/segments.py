@@ -18,7 +18,7 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,14 +29,20 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor, split_by_segment
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey, Version
 from valohai_fuse.store import directory
+from valohai_fuse.store.claims import Claims
 from valohai_fuse.store.health import DiskHealth, RateLimitedLog
+from valohai_fuse.store.landing import is_memory_path
 from valohai_fuse.store.opened import Contents, OpenSegment
-from valohai_fuse.store.places import Places
+from valohai_fuse.store.places import Place, Places
+from valohai_fuse.store.room import Room
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
 DESCRIPTORS_MAX = 1024
 READING_THREADS = 8
 PATIENCE_S = 10.0
+ROOM_PATIENCE_S = 2.0
+"""How long a fetch that somebody waits for waits for room on the disk before it lands in memory."""
+_ROOM_PATIENCE_AHEAD_S = 0.5
 _READ_ATTEMPTS_MAX = 4
 """A bad block or an outdated snapshot sends a read back to looking; in the end it is absent."""
 _LISTING_SEGMENTS_MIN = 32
@@ -72,12 +78,14 @@ class SegmentStore:
         self,
         cache_dir: str,
         *,
+        room: Room | None = None,
         memory_bytes_max: int = MEMORY_BYTES_MAX,
         descriptors_max: int | None = None,
         patience_s: float = PATIENCE_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Makes the directory where it is missing. Where that cannot be done, everything stays in memory (WARNING).
+        With `room`, nothing lands on the disk that was not granted there first (an `Evictor` on the same room must run).
 
         Raises ConfigurationError for a directory that is not safe to use.
         """
@@ -85,6 +93,8 @@ class SegmentStore:
             descriptors_max = min(DESCRIPTORS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._cache_dir = cache_dir
         self._home = os.path.join(cache_dir, segment.FORMAT_DIRECTORY)
+        self._room = room
+        self._claims = Claims(cache_dir)
         self._patience_s = patience_s
         self._limiter = trio.CapacityLimiter(READING_THREADS)
         self._warnings = RateLimitedLog(monotonic)
@@ -107,6 +117,9 @@ class SegmentStore:
     def close(self) -> None:
         """Gives all descriptors back; a read that is still in a thread keeps its own until it is done."""
         self._places.close()
+        self._claims.close()
+        if self._room is not None:
+            self._room.close()
 
     def statistics(self) -> StoreStatistics:
         """How things stand."""
@@ -119,6 +132,10 @@ class SegmentStore:
         """Marks on disk which segments were read since the last call, for the evictors of all processes. Blocks: call it in
         a thread (`store.evictor` does)."""
         self._places.touch_used()
+
+    def being_read(self) -> set[str]:
+        """Names of the segments that readers are at, for the evictor to leave them to the last. Any thread."""
+        return self._places.being_read()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -133,16 +150,17 @@ class SegmentStore:
         """The bytes of `extent`, read in a thread; ABSENT when the disk takes longer than the store's patience."""
         with trio.move_on_after(self._patience_s):
             return await trio.to_thread.run_sync(
-                self._read_waiting, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
+                self.read_blocking, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
             )
         self._warnings.warn("slow", f"the cache disk did not answer for {self._patience_s:g} s; fetching again instead")
         for part in split_by_segment(extent):
             self._places.fault((key, part.start // SEGMENT_BYTES))
         return ABSENT
 
-    def _read_waiting(
+    def read_blocking(
         self, key: ObjectKey, version: Version, extent: Extent
     ) -> bytearray | memoryview | bytes | NotHere:
+        """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
 
     def _read(
@@ -215,8 +233,7 @@ class SegmentStore:
             try:
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
-                    if not run.opened.used:
-                        self._places.mark_used(run.opened)
+                    self._places.mark_used(run.opened)
                     continue
                 if not nowait:
                     self._places.distrust(run.opened, run.contents, bad)
@@ -294,11 +311,39 @@ class SegmentStore:
                 self._disk_refused(_reason(error))
             else:
                 return path
+        return self._memory_path(place, path)
+
+    def _memory_path(self, place: Place, path: str) -> str:
         try:
             return self._places.memory_path(place)
         except OSError as error:
             self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
             return path
+
+    @contextlib.asynccontextmanager
+    async def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AsyncIterator[str | None]:
+        """`segment_path` for a fetch of `extent`, with room taken for it while the block runs; see `ports.BlockStore`."""
+        path = self.segment_path(key, extent.start)
+        if self._room is None or is_memory_path(path):
+            yield path
+            return
+        wanted_bytes = segment.bytes_on_disk_max(len(extent))
+        patience_s = _ROOM_PATIENCE_AHEAD_S if ahead else ROOM_PATIENCE_S
+        if not self._room.reserve(wanted_bytes) and not await self._room.reserve_soon(wanted_bytes, patience_s):
+            yield None if ahead else self._memory_path((key, extent.start // SEGMENT_BYTES), path)
+            return
+        try:
+            yield path
+        finally:
+            self._room.release(wanted_bytes)
+
+    def claim(self, key: ObjectKey, extent: Extent) -> bool:
+        """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
+        return self._claims.claim(*_claimed(self._places, key, extent))
+
+    def unclaim(self, key: ObjectKey, extent: Extent) -> None:
+        """Takes `claim` back."""
+        self._claims.release(*_claimed(self._places, key, extent))
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
         """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
@@ -323,6 +368,13 @@ class SegmentStore:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o700)
             self._fan_out_made.add(path)
+
+
+def _claimed(places: Places, key: ObjectKey, extent: Extent) -> tuple[str, int, int]:
+    """The segment's name and the blocks in it, as `store.claims` wants them; `extent` lies within one segment."""
+    index, within = divmod(extent.start, SEGMENT_BYTES)
+    first = within // BLOCK_BYTES
+    return places.name((key, index)), first, first + segment.blocks_in(len(extent))
 
 
 def _reason(error: OSError | ConfigurationError) -> str:

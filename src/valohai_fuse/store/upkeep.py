@@ -1,0 +1,198 @@
+"""Looks after a cache directory from outside of any mount: what is in it, whether it is sound, and less of it.
+
+Everything here is safe beside daemons that read, land and evict in the same directory at the same time: it uses nothing but
+the format's own rules (an entry that does not verify is set to 0, a segment goes by unlink and truncation).
+
+Blocking, for commands. Must not know the store's bookkeeping, mounts, or what an input is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from valohai_fuse.model import segment
+from valohai_fuse.model.eviction import Segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS
+from valohai_fuse.store.evictor import choose, evict, scan
+
+YOUNG_S = 60.0
+"""A file without a sound header that is younger than this may just be in the making."""
+_CLEAR_ROUNDS_MAX = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One segment file. `header` is None where there is no sound one; `blocks` counts the table's entries."""
+
+    file: Segment
+    digest_hex: str
+    header: segment.Header | None
+    blocks: int
+    content_bytes: int
+    """Of the object, by the table."""
+
+
+@dataclass(slots=True)
+class Verified:
+    """What `verify` found and did so far."""
+
+    segments: int = 0
+    blocks: int = 0
+    content_bytes: int = 0
+    bad_blocks: int = 0
+    bad_segments: int = 0
+    """Without a sound header for their name; removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `prune` and `clear` took away."""
+
+    segments: int
+    bytes_on_disk: int
+
+
+def survey(cache_dir: str) -> Iterator[Held]:
+    """Every segment, with its header and table; some 20 us each."""
+    for found in scan(cache_dir):
+        held = _look(cache_dir, found)
+        if held is not None:
+            yield held
+
+
+def _look(cache_dir: str, found: Segment) -> Held | None:
+    digest_hex, _, index_text = os.path.basename(found.name).partition(".")
+    try:
+        fd = _open(cache_dir, found.name, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        page = os.pread(fd, segment.PAGE_BYTES, 0)
+    except OSError:
+        page = b""
+    finally:
+        os.close(fd)
+    header = segment.decode_header(page) if len(page) == segment.PAGE_BYTES else None
+    if header is None or not _is_named_right(header, digest_hex, index_text):
+        return Held(found, digest_hex, None, 0, 0)
+    length = segment.segment_bytes(header.size, header.segment_index)
+    present = [block for block, entry in enumerate(segment.decode_table(page)) if entry]
+    content = sum(max(0, min(BLOCK_BYTES, length - block * BLOCK_BYTES)) for block in present)
+    return Held(found, digest_hex, header, len(present), content)
+
+
+def _is_named_right(header: segment.Header, digest_hex: str, index_text: str) -> bool:
+    if header.segment_index != int(index_text, 16):
+        return False
+    if header.stable_id.startswith(b"blake2b-256:"):
+        return True  # a long identity stands there as its hash, which does not lead back to the name
+    identity = header.stable_id.decode("utf-8", "surrogatepass")
+    return segment.object_digest(identity, header.size).hex() == digest_hex
+
+
+def _open(cache_dir: str, name: str, mode: int) -> int:
+    path = os.path.join(cache_dir, segment.FORMAT_DIRECTORY, name)
+    return os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def verify(cache_dir: str, progress: Callable[[Verified], None] | None = None) -> Verified:
+    """Hashes every block that is present. One that is not what its entry says loses the entry, a file that is no segment of
+    its name is removed: either is fetched again when somebody reads it. `progress` is called after each segment."""
+    done = Verified()
+    for found in scan(cache_dir):
+        done.segments += 1
+        held = _look(cache_dir, found)
+        if held is not None and held.header is None:
+            old = time.time() - found.used_at_ns / 1e9 > YOUNG_S
+            if old and found.bytes_on_disk and evict(cache_dir, found):
+                done.bad_segments += 1
+        elif held is not None:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                _verify_segment(cache_dir, held, done)
+        if progress is not None:
+            progress(done)
+    return done
+
+
+def _verify_segment(cache_dir: str, held: Held, done: Verified) -> None:
+    header = held.header
+    assert header is not None
+    seed = segment.hash_seed(bytes.fromhex(held.digest_hex), header.version)
+    length = segment.segment_bytes(header.size, header.segment_index)
+    fd = _open(cache_dir, held.file.name, os.O_RDONLY)
+    try:
+        table = segment.decode_table(_padded(fd))
+        for block, entry in enumerate(table):
+            if not entry:
+                continue
+            wanted = min(BLOCK_BYTES, length - block * BLOCK_BYTES)
+            if wanted > 0 and _is_sound(fd, block, wanted, entry, seed, header.segment_index):
+                done.blocks += 1
+                done.content_bytes += wanted
+            elif _still_says(fd, block, entry) and os.fstat(fd).st_nlink:
+                done.bad_blocks += 1
+                _clear_entry(cache_dir, held.file.name, os.fstat(fd), block)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _padded(fd: int) -> bytes:
+    return os.pread(fd, segment.PAGE_BYTES, 0).ljust(segment.PAGE_BYTES, b"\0")
+
+
+def _is_sound(fd: int, block: int, byte_count: int, entry: int, seed: int, index: int) -> bool:
+    try:
+        data = os.pread(fd, byte_count, segment.DATA_OFFSET + block * BLOCK_BYTES)
+    except OSError:
+        return False
+    return len(data) == byte_count and segment.block_entry(data, seed, index * SEGMENT_BLOCKS + block) == entry
+
+
+def _still_says(fd: int, block: int, entry: int) -> bool:
+    """Whether the entry is what it was: not so when the file was evicted, or the block landed anew, while we looked."""
+    return segment.decode_table(_padded(fd))[block] == entry
+
+
+def _clear_entry(cache_dir: str, name: str, seen: os.stat_result, block: int) -> None:
+    fd = _open(cache_dir, name, os.O_WRONLY)
+    try:
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) == (seen.st_dev, seen.st_ino):
+            os.pwrite(fd, segment.ABSENT_ENTRY, segment.entry_offset(block))
+    finally:
+        os.close(fd)
+
+
+def prune(cache_dir: str, *, to_bytes: int | None = None, older_than_s: float | None = None) -> Removed:
+    """Takes away what was not used for `older_than_s`, and the least recently used until at most `to_bytes` are held."""
+    going: dict[str, Segment] = {}
+    if older_than_s is not None:
+        before_ns = time.time_ns() - int(older_than_s * 1e9)
+        going |= {found.name: found for found in scan(cache_dir) if found.used_at_ns < before_ns}
+    if to_bytes is not None:
+        held_bytes = sum(found.bytes_on_disk for found in scan(cache_dir))
+        if held_bytes > to_bytes:
+            going |= {found.name: found for found in choose(scan(cache_dir), held_bytes - to_bytes, frozenset())}
+    return _remove(cache_dir, going.values())
+
+
+def clear(cache_dir: str) -> Removed:
+    """Takes away everything of this format; what daemons land meanwhile may stay."""
+    segments = bytes_on_disk = 0
+    for _ in range(_CLEAR_ROUNDS_MAX):
+        removed = _remove(cache_dir, scan(cache_dir))
+        segments += removed.segments
+        bytes_on_disk += removed.bytes_on_disk
+        if not any(True for _ in scan(cache_dir)):
+            break
+    return Removed(segments, bytes_on_disk)
+
+
+def _remove(cache_dir: str, going: Iterable[Segment]) -> Removed:
+    gone = [found.bytes_on_disk for found in going if evict(cache_dir, found)]
+    return Removed(len(gone), sum(gone))

@@ -1,0 +1,176 @@
+"""A mount under load: thousands of waiting reads, hundreds of handles, readers that are killed, and dozens of processes that read
+while things go wrong. The short forms run in CI; scripts/stress load runs them at full size: sizes
+are parameters of the tests, the long ones marked slow."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stress.load import AtRest, crowd, memory_bytes, metrics, recover, start
+from support.mounts import MountedSandbox, MountInputs, read_elsewhere, wait_until
+from support.prober import Prober
+from support.processes import daemon_pid
+from valohai_fuse.mount import kernel
+from valohai_fuse.sandbox import faults
+from valohai_fuse.sandbox.content import ramp
+
+MIB = 1024 * 1024
+BLOCK = 256 * 1024
+PATIENCE_S = 0.1
+"""What a stat or a listing may take whatever the reads wait for."""
+
+pytestmark = pytest.mark.mount
+
+TRANSIENT = (
+    faults.hang_up(),
+    faults.reset_after(50_000),
+    faults.truncate_after(70_000),
+    faults.internal_error(),
+    faults.bad_gateway(),
+    faults.throttled(),
+    faults.expired(),
+    faults.drip(100_000, 0.01),
+    faults.chunked(),
+    faults.wrong_range_start(),
+    faults.ignore_range(),
+)
+
+
+def size_of(*, short: object, full: object) -> pytest.MarkDecorator:
+    """One test at two sizes: for CI, and for scripts/stress."""
+    return pytest.mark.parametrize(
+        "size", [short, pytest.param(full, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    )
+
+
+def warmed_up(mounted: MountedSandbox, name: str = "warm.bin") -> AtRest:
+    """The mount at rest, after a first read."""
+    assert len(mounted.path("data", name).read_bytes()) == MIB
+    return AtRest.of(mounted)
+
+
+@size_of(short=1000, full=5000)
+def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: MountInputs, size: int) -> None:
+    """5,000 reads wait for a store that does not answer: stat and ls of names that nobody asked for before stay under 100 ms;
+    when the store is back every read gets its bytes, and nothing is left."""
+    names = {f"d{i}/{j}.txt": b"x" for i in range(40) for j in range(10)}
+    big = BLOCK * (size + 64)
+    mounted = mount_inputs(
+        {"data": {"big.bin": ramp(big), "warm.bin": ramp(MIB), **names}},
+        options=("--stall-timeout=120", "--read-timeout=240"),
+    )
+    rest = warmed_up(mounted)
+    stall = mounted.sandbox.store.faults.add(faults.no_answer(), path="*big.bin", count=None)
+    path = mounted.path("data", "big.bin")
+    each = 250
+    processes = [start("waiting", each, os.O_DIRECT, path, big, BLOCK * (1 + n)) for n in range(size // each)]
+    with crowd(processes, mounted), Prober(30) as prober:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+        in_the_daemon = min(size, kernel.MAX_BACKGROUND) * 0.95  # the others wait in the kernel
+        wait_until("they wait", lambda: metrics(mounted)["requests_under_way"] >= in_the_daemon, 60)
+        took_s = []
+        for i in range(40):
+            for op, name in [("listdir", f"d{i}"), *(("stat", f"d{i}/{j}.txt") for j in range(10))]:
+                began_s = time.monotonic()
+                prober.ask(op, path=str(mounted.path("data", name)))
+                took_s.append(time.monotonic() - began_s)
+        assert statistics.quantiles(took_s, n=100)[98] < PATIENCE_S, sorted(took_s)[-5:]
+        assert stall.hits > 0
+        recover(mounted)
+        for process in processes:
+            out, _ = process.communicate(timeout=200)
+            assert out == "0\n", f"{out} reads failed"
+    rest.assert_back(mounted)
+
+
+@size_of(short=200, full=500)
+def test_hundreds_of_handles_within_a_memory_bound(mount_inputs: MountInputs, size: int) -> None:
+    """500 open handles that all read in sequence: at most 128 KiB of the daemon's memory for each."""
+    mounted = mount_inputs({"data": {"big.bin": ramp(size * MIB), "warm.bin": ramp(MIB)}})
+    rest = warmed_up(mounted)
+    daemon = daemon_pid(mounted, "data")
+    before = memory_bytes(daemon)
+    with crowd([start("holding", size, mounted.path("data", "big.bin"), size * MIB)], mounted) as (process,):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        assert metrics(mounted)["open_files"] == size
+        assert memory_bytes(daemon) - before < size * 128 * 1024
+    rest.assert_back(mounted)
+
+
+@size_of(short=(4, 250), full=(40, 250))
+def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: tuple[int, int]) -> None:
+    """10,000 reads end by SIGKILL of their readers: these go at once, the mount is healthy, and nothing is left."""
+    rounds, each = size
+    big = 2 * BLOCK * rounds * each
+    mounted = mount_inputs(
+        {"data": {"big.bin": ramp(big), "warm.bin": ramp(MIB)}}, options=("--stall-timeout=3", "--read-timeout=20")
+    )
+    rest = warmed_up(mounted)
+    path = mounted.path("data", "big.bin")
+    for number in range(rounds):
+        mounted.sandbox.store.faults.add(faults.no_answer(), path="*big.bin", count=None)
+        with crowd([start("waiting", each, 0, path, big, BLOCK * (2 * number + 1))], mounted) as (process,):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            wait_until("reads wait", lambda: metrics(mounted)["requests_under_way"] > 0)
+            process.send_signal(signal.SIGKILL)
+            began_s = time.monotonic()
+            process.wait(15)
+            assert time.monotonic() - began_s < 5, "a killed reader goes at once"
+        recover(mounted)
+        assert mounted.path("data", "warm.bin").stat().st_size == MIB
+    rest.assert_back(mounted, timeout_s=60)
+    assert read_elsewhere(path, 0, 1000) == mounted.sandbox.expected_bytes("data", "big.bin", 0, 1000)
+
+
+@size_of(short=(16, 6.0), full=(64, 600.0))
+def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, size: tuple[int, float]) -> None:
+    """64 processes read at once, with faults sprinkled in, the URLs expiring and the cache evicted: every byte is compared, no read
+    fails, and at the end nothing is left."""
+    count, seconds = size
+    files = {"a.bin": 40 * MIB + 3, "b.bin": 9 * MIB, "c.bin": 300_001, "d.bin": 70, "e.bin": 100 * MIB}
+    mounted = mount_inputs(
+        {"data": {name: ramp(bytes_) for name, bytes_ in files.items()} | {"warm.bin": ramp(MIB)}},
+        options=("--stall-timeout=5",),
+        expected_warnings=("cache",),
+    )
+    rest = warmed_up(mounted)
+    pairs = [word for name, bytes_ in files.items() for word in (mounted.path("data", name), bytes_)]
+    dice = random.Random(251)
+    seed = dice.randrange(10**9)
+    with crowd([start("checking", seconds, seed + n, *pairs) for n in range(count)], mounted) as processes:
+        _sprinkle(mounted, dice, processes)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [out for process, out in zip(processes, outputs, strict=True) if process.returncode] == []
+    assert sum(int(out.split()[0]) for out in outputs) > count
+    assert metrics(mounted)["read_errors"] == 0
+    rest.assert_back(mounted)
+
+
+def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> None:
+    """Faults, expiries and evictions until the readers have ended."""
+    while any(process.poll() is None for process in processes):
+        mounted.sandbox.store.faults.add(dice.choice(TRANSIENT), count=dice.randrange(1, 3))
+        if dice.random() < 0.1:
+            mounted.sandbox.expire_urls()
+        if dice.random() < 0.1:
+            segments = [path for path in Path(mounted.cache_dir).rglob("*") if path.is_file()]
+            if segments:
+                dice.choice(segments).unlink(missing_ok=True)
+        _pause(0.15)
+
+
+def _pause(seconds: float) -> None:
+    """Between two faults; nothing is waited for."""
+    time.sleep(seconds)
