@@ -116,7 +116,7 @@ def past_the_deadline(mounted: MountedSandbox, readers: Readers, deadline_s: flo
         for future in pending:
             outcome = future.result()
             assert outcome.errno == errno.ETIMEDOUT
-            assert deadline_s - 0.5 <= outcome.took_s <= deadline_s + 5
+            assert deadline_s * 0.85 <= outcome.took_s <= deadline_s * 1.5 + 0.5  # not twice: the kernel asks twice
     mounted.sandbox.start_store()
     outcome = readers.read(mounted.path("data", "a.bin"), [(0, 5000)])
     assert (outcome.errno, outcome.digest) == (0, digest_of(read_all(Ramp(SIZE_BYTES), 0, 5000)))
