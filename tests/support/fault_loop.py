@@ -26,7 +26,7 @@ from valohai_fuse.sandbox.valohai import Sandbox
 SIZE_BYTES: Final = 9_000_000
 """Two segments, so that one read of it is several orders."""
 EXTENTS: Final = ((0, 100_000), (5_000_000, 5_100_000), (SIZE_BYTES - 50_000, SIZE_BYTES))
-READ_TIMEOUT_S: Final = 2.0
+READ_TIMEOUT_S: Final = 4.0
 SLACK_S: Final = 5.0
 """A read may end this much after its deadline: the machine may be busy."""
 AT_REST_S: Final = 45.0
@@ -53,6 +53,7 @@ class Thoroughness:
     readahead: str = "0"
     """With readahead a fault may also meet a request that nobody waits for."""
     extents: Extents = EXTENTS
+    lengthy: bool = True
 
 
 def store_input(kind: FaultKind) -> str:
@@ -121,7 +122,7 @@ class FaultLoop:
 
     def _store_runs(self, *, alone: bool) -> Iterator[Callable[[], None]]:
         for kind in STORE_KINDS:
-            if kind.alone is not alone:
+            if kind.alone is not alone or (kind.lengthy and not self.thoroughness.lengthy):
                 continue
             yield lambda kind=kind: self._until_clean(f"store: {kind.name}", self._store_once(kind))  # type: ignore[misc] # mypy cannot infer a lambda with a default
             for nth in range(1, self.thoroughness.always_opportunities + 1):
@@ -156,7 +157,7 @@ class FaultLoop:
 
     def _api_runs(self, *, alone: bool) -> Iterator[Callable[[], None]]:
         for kind in API_KINDS:
-            if kind.alone is not alone:
+            if kind.alone is not alone or (kind.lengthy and not self.thoroughness.lengthy):
                 continue
             yield lambda kind=kind: self._until_clean(f"api: {kind.name}", self._api_once(kind))  # type: ignore[misc] # as above
             for nth in range(1, self.thoroughness.api_always_opportunities + 1):
