@@ -22,9 +22,7 @@ SHORT = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-LONG = settings(
-    SHORT, max_examples=100, stateful_step_count=60, derandomize=False, phases=[Phase.generate, Phase.shrink]
-)
+LONG = settings(SHORT, max_examples=100, stateful_step_count=60, derandomize=False)
 
 
 def machine_at(base: Path) -> type[MountMachine]:
