@@ -66,6 +66,7 @@ TRANSIENT: Final[dict[str, Fault]] = {
     "no Content-Range": faults.no_content_range(),
     "401": faults.expired(),
 }
+REFUSING: Final = frozenset({"401", "expire in the body"})
 LOUD_EXPECTED: Final = (
     r"a fetch worker \(pid \d+\) died",
     "ended unexpectedly: killed by signal 9",
@@ -341,11 +342,15 @@ class MountMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(sorted(TRANSIENT)), count=st.integers(1, 3))
     def passing_fault(self, kind: str, count: int) -> None:
         """The next few answers are bad; the reader does not notice."""
-        pending = sum((rule.count or 0) - rule.hits for rule in self.faults)
-        if pending + count > FAULTS_PENDING_MAX:
+        pending = [rule.fault for rule in self.faults for _ in range((rule.count or 0) - rule.hits)]
+        if kind in REFUSING:
+            count = 1  # a fresh URL that is refused again is a real refusal
+            if any(TRANSIENT[other] in pending for other in REFUSING):
+                return
+        if len(pending) + count > FAULTS_PENDING_MAX:
             return
         self.faults.append(self.sandbox.store.faults.add(TRANSIENT[kind], count=count))
-        self.was_expired |= kind in {"401", "expire in the body"}
+        self.was_expired |= kind in REFUSING
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def revoke(self, name: str) -> None:
