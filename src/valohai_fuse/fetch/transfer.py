@@ -292,7 +292,7 @@ class Transfer:
             self._body = response.accept(self.order, head)
             self._skip_left_bytes = self._body.skip_bytes
             if not self.order.awaited:
-                self._landed_at_s = self.progress_at_s  # the first block is in no hurry
+                self._landed_at_s = time.monotonic()  # the first block is in no hurry
 
     def _take(self) -> None:
         """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""
