@@ -13,8 +13,8 @@ from model_based.machine import MountMachine
 pytestmark = pytest.mark.mount
 
 SHORT = settings(
-    max_examples=6,
-    stateful_step_count=25,
+    max_examples=5,
+    stateful_step_count=22,
     derandomize=True,
     database=None,
     deadline=None,

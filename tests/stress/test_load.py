@@ -57,7 +57,7 @@ def warmed_up(mounted: MountedSandbox, name: str = "warm.bin") -> AtRest:
     return AtRest.of(mounted)
 
 
-@size_of(short=1000, full=5000)
+@size_of(short=500, full=5000)
 def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: MountInputs, size: int) -> None:
     """5,000 reads wait for a store that does not answer: stat and ls of names that nobody asked for before stay under 100 ms;
     when the store is back every read gets its bytes, and nothing is left."""
@@ -108,7 +108,7 @@ def test_hundreds_of_handles_within_a_memory_bound(mount_inputs: MountInputs, si
     rest.assert_back(mounted)
 
 
-@size_of(short=(4, 250), full=(40, 250))
+@size_of(short=(2, 250), full=(40, 250))
 def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: tuple[int, int]) -> None:
     """10,000 reads end by SIGKILL of their readers: these go at once, the mount is healthy, and nothing is left."""
     rounds, each = size
@@ -135,7 +135,7 @@ def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: 
     assert read_elsewhere(path, 0, 1000) == mounted.sandbox.expected_bytes("data", "big.bin", 0, 1000)
 
 
-@size_of(short=(16, 6.0), full=(64, 600.0))
+@size_of(short=(16, 4.0), full=(64, 600.0))
 def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, size: tuple[int, float]) -> None:
     """64 processes read at once, with faults sprinkled in, the URLs expiring and the cache evicted: every byte is compared, no read
     fails, and at the end nothing is left."""
