@@ -66,6 +66,13 @@ TRANSIENT: Final[dict[str, Fault]] = {
     "no Content-Range": faults.no_content_range(),
     "401": faults.expired(),
 }
+RENEWAL_FAULTS: Final[dict[str, Fault]] = {
+    "500": faults.internal_error(),
+    "hang up": faults.hang_up(),
+    "half": faults.half_json(),
+    "slow": faults.delay(0.5),
+    "503": faults.throttled(),
+}
 REFUSING: Final = frozenset({"401", "expire in the body"})
 LOUD_EXPECTED: Final = (
     r"a fetch worker \(pid \d+\) died",
@@ -118,6 +125,7 @@ class MountMachine(RuleBasedStateMachine):
         self.was_expired = False
         """URLs were revoked at some time: those of inputs.json, which a new daemon begins with, are among them."""
         self.faults: list[Rule] = []
+        self.api_faults: list[Rule] = []
         self.reads_in_trouble = 0
         self.numbers = 0
 
@@ -151,7 +159,9 @@ class MountMachine(RuleBasedStateMachine):
     @property
     def may_be_refused(self) -> bool:
         """Whether some URL that the daemon holds is refused while no renewal is possible."""
-        return self.was_expired and not self.is_api_up
+        return self.was_expired and (
+            not self.is_api_up or any(rule.hits < (rule.count or 0) for rule in self.api_faults)
+        )
 
     def _try(self, op: str, **arguments: Any) -> tuple[Any, int]:
         """The value or bytes of a step and 0, or None and its errno."""
@@ -336,6 +346,8 @@ class MountMachine(RuleBasedStateMachine):
         self.api(up=True)
         self.sandbox.store.faults.clear()
         self.faults.clear()
+        self.sandbox.api.faults.clear()
+        self.api_faults.clear()
         for obj in self.objects.values():
             obj.is_denied = False
 
@@ -351,6 +363,11 @@ class MountMachine(RuleBasedStateMachine):
             return
         self.faults.append(self.sandbox.store.faults.add(TRANSIENT[kind], count=count))
         self.was_expired |= kind in REFUSING
+
+    @rule(kind=st.sampled_from(sorted(RENEWAL_FAULTS)), count=st.integers(1, 2))
+    def renewal_fails(self, kind: str, count: int) -> None:
+        """The API's next answers are bad: a read may fail of it, and the next one is none the worse."""
+        self.api_faults.append(self.sandbox.api.faults.add(RENEWAL_FAULTS[kind], count=count))
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def revoke(self, name: str) -> None:
