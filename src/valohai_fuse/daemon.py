@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.assembly import open_fetching
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
@@ -81,7 +82,9 @@ class Daemon:
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
             room = Room(settings.cache_dir, budget)
-            store = SegmentStore(settings.cache_dir, room=room)
+            store = SegmentStore(
+                settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, settings.readahead_total)
+            )
             stack.callback(store.close)
             fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
             evictor = Evictor(
@@ -267,6 +270,7 @@ def main() -> int:
     log_file = None if spec.log_to_stderr else settings.log_file
     logs.configure(settings.log_level, log_file=log_file, subject=subject, echo_level=spec.echo_level)
     block_signal()
+    keep_freed_memory()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

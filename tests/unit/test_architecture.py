@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"ports", "model", "errors", "settings"},
     "mount": {"engine", "ports", "model", "errors", "settings"},
     "store": ADAPTER,
-    "fetch": ADAPTER,
+    "allocator": set(),
+    "fetch": ADAPTER | {"allocator"},
     "sources": ADAPTER,
     "obs": ADAPTER,
     "sandbox": {"model", "errors", "settings"},
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["warming"] = {"engine", "obs", "model", "errors"}
 MAY_IMPORT["assembly"] = {"inspection", "fetch", *MAY_IMPORT["inspection"]}
 MAY_IMPORT["downloading"] = {"assembly", *MAY_IMPORT["assembly"]}
-MAY_IMPORT["daemon"] = {"mount", "warming", "occupancy", "assembly", *MAY_IMPORT["assembly"]}
+MAY_IMPORT["daemon"] = {"mount", "warming", "occupancy", "assembly", "allocator", *MAY_IMPORT["assembly"]}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "downloading", "supervisor", "sandbox"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()

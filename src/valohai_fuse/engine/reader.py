@@ -132,7 +132,15 @@ class Reader:
         self._metrics.count("reads")
         found = self._look(obj, extent)
         if isinstance(found, NotHere):
-            found = await self._fetch_and_read(handle, extent, plan, found)
+            if found is not COLD and obj.is_repeat(extent, trio.current_time()):
+                raise errors.DeadlineExceededError(
+                    f"{obj.label}: given up a moment ago, and asked for again by the kernel"
+                )
+            try:
+                found = await self._fetch_and_read(handle, extent, plan, found)
+            except errors.DeadlineExceededError:
+                obj.note_given_up(extent, trio.current_time())
+                raise
         else:
             self._metrics.count("hit_bytes", len(extent))
             self._look_ahead(obj, handle, plan)
@@ -225,10 +233,12 @@ class Reader:
         return behind[0].stop if behind and behind[0].start == gap.stop else gap.stop
 
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
-        if not plan.ahead:
+        if not plan.ahead and not plan.elsewhere:
             return
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
-        self._begin_ahead(obj, plan.ahead)
+        for extent in (plan.ahead, *plan.elsewhere):
+            if extent:
+                self._begin_ahead(obj, extent)
 
     def gaps(self, obj: RemoteObject, wanted: Extent) -> list[Extent]:
         """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known."""
