@@ -81,13 +81,13 @@ class Warming:
                 raise errors.UsageError(f"{len(self._jobs)} prefetches are under way already" if name else "no job")
             job = self._jobs[name] = _Job(trio.CancelScope(), bytearray(self._tree.inode_count + 1))
             self._nursery.start_soon(self._carry_out, name, job)
-        if job.prefetch is not None:
-            raise errors.UsageError("this job has begun already")
+        if job.prefetch is not None or job.finished:
+            raise errors.UsageError("this job has begun already, or was cancelled")
         job.kept.deadline = trio.current_time() + SILENCE_S
         try:
             await self._add(job, [str(path) for path in request.get("paths", [])])
         except errors.UsageError:
-            job.scope.cancel()
+            self._cancel(job)
             raise
         if not request.get("more"):
             self._check_fits(job)
@@ -116,7 +116,7 @@ class Warming:
 
     def _check_fits(self, job: _Job) -> None:
         if job.bytes > self._bytes_max:
-            job.scope.cancel()
+            self._cancel(job)
             raise errors.UsageError(
                 f"{job.bytes:,} bytes are to be fetched, the cache of {self._mountpoint} holds {self._bytes_max:,} at the most",
                 hint="name less, or mount with a larger --cache-max-size or --cache-dir",
@@ -130,8 +130,13 @@ class Warming:
 
     async def _on_cancel(self, request: dict[str, Any]) -> dict[str, Any]:
         """Stops `job`; what has landed stays. It answers at once: the end shows in its progress."""
-        self._known(request).scope.cancel()
+        self._cancel(self._known(request))
         return {}
+
+    @staticmethod
+    def _cancel(job: _Job) -> None:
+        job.scope.cancel()
+        job.finished = job.finished or job.prefetch is None  # one that has begun ends when its task does
 
     def _known(self, request: dict[str, Any]) -> _Job:
         job = self._jobs.get(str(request.get("job", "")))

@@ -51,6 +51,9 @@ def test_names_that_are_not_there_fetch_nothing() -> None:
     async def scenario(rig: EngineRig, warming: Warming) -> None:
         with pytest.raises(UsageError, match=r"/mnt: x1, x2, x3 and 1 more"):
             await warming.handlers["prefetch"]({"job": "j", "paths": ["a", "x1", "x2", "x3", "x4"]})
+        assert (await warming.handlers["prefetch_progress"]({"job": "j"}))["finished"]
+        with pytest.raises(UsageError, match="was cancelled"):
+            await warming.handlers["prefetch"]({"job": "j", "paths": ["a"]})
         await trio.sleep(5)
         assert rig.fetcher.orders == []
 
@@ -99,6 +102,18 @@ def test_more_than_the_cache_holds_is_not_begun() -> None:
         await warming.handlers["prefetch"]({"job": "k", "paths": ["a"]})
 
     run_jobs(scenario, {"a": 60 * MIB, "b": 60 * MIB})
+
+
+def test_a_job_that_is_cancelled_before_it_began_has_ended_at_once() -> None:
+    """Nobody waits for a task that was never started."""
+
+    async def scenario(rig: EngineRig, warming: Warming) -> None:
+        await warming.handlers["prefetch"]({"job": "j", "paths": ["a"], "more": True})
+        await warming.handlers["prefetch_cancel"]({"job": "j"})
+        assert (await warming.handlers["prefetch_progress"]({"job": "j"}))["finished"]
+        assert rig.fetcher.orders == []
+
+    run_jobs(scenario, {"a": MIB})
 
 
 def test_jobs_are_bounded() -> None:
