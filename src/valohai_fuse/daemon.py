@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
@@ -43,7 +44,7 @@ from valohai_fuse.sources.size_probe import HttpSizeProbe
 from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.room import Room
-from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.segments import MEMORY_BYTES_MAX, SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class Daemon:
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
             room = Room(settings.cache_dir, budget)
-            store = SegmentStore(settings.cache_dir, room=room)
+            store = SegmentStore(
+                settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, settings.readahead_total)
+            )
             stack.callback(store.close)
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
@@ -304,6 +307,7 @@ def main() -> int:
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
     logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
     block_signal()
+    keep_freed_memory()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

@@ -158,6 +158,8 @@ class Fetched:
     """From sending the request to the first byte of the body."""
     total_s: float
     new_connection: bool
+    disk_wait_s: float = 0.0
+    """How long landing it waited for the disk."""
 
 
 class Fetcher(Protocol):
@@ -220,6 +222,10 @@ class BlockStore(Protocol):
         """`segment_path` for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is
         taken before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for
         (`ahead`); what somebody waits for gets a place in any case."""
+        ...
+
+    def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
+        """A fetch has landed that much and waited that long for the disk: one that holds fetches up is used less."""
         ...
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from valohai_fuse.store import health
-from valohai_fuse.store.health import DiskHealth, RateLimitedLog
+from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
 
 pytestmark = pytest.mark.expect_warnings("the cache directory takes no writes")
 
@@ -85,3 +85,55 @@ def test_warnings_are_limited_per_topic(caplog: pytest.LogCaptureFixture) -> Non
         "second topic",
         "first topic (2 more like this before)",
     ]
+
+
+class Pace:
+    """A disk of a given speed below a network of a given speed, one fetch of 8 MiB after the other."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.pace = DiskPace(lambda: self.now_s)
+
+    def on_disk(self, fetches: int, *, disk_s: float, network_s: float = 0.02) -> int:
+        """How many of that many went to the disk; each takes the network's time, and on the disk the disk's as well."""
+        count = 0
+        for _ in range(fetches):
+            if self.pace.affordable():
+                charged_s = self.pace.begin(8 << 20)
+                self.now_s += disk_s
+                self.pace.waited(8 << 20, disk_s)
+                self.pace.end(charged_s)
+                count += 1
+            self.now_s += network_s
+        return count
+
+
+def test_a_disk_that_keeps_up_takes_everything() -> None:
+    assert Pace().on_disk(1000, disk_s=0.001) == 1000
+
+
+def test_a_slow_disk_takes_what_the_network_can_spare() -> None:
+    """50 MB/s under 400 MB/s: the stream keeps nine tenths of its rate, and some of it is cached all the same."""
+    rig = Pace()
+    began_s = rig.now_s
+    count = rig.on_disk(1000, disk_s=0.16)
+    assert 5 < count < 40
+    assert 1000 * 0.02 / (rig.now_s - began_s) > 0.8
+
+
+def test_a_disk_that_recovers_takes_everything_again() -> None:
+    rig = Pace()
+    rig.on_disk(100, disk_s=1.0)
+    rig.now_s += 100
+    assert rig.on_disk(500, disk_s=0.001) == 500
+
+
+def test_fetches_under_way_are_paid_in_advance() -> None:
+    """Else all that begin before the first one ends would be free."""
+    rig = Pace()
+    rig.pace.waited(1 << 20, 0.1)
+    begun = 0
+    while rig.pace.affordable():
+        rig.pace.begin(8 << 20)
+        begun += 1
+    assert begun <= 4

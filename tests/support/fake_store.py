@@ -153,6 +153,9 @@ class FakeBlockStore:
         finally:
             self.landings -= 1
 
+    def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
+        """See `ports.BlockStore`."""
+
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """See `ports.BlockStore`."""
         if any(other == key and claimed.overlaps(extent) for other, claimed in self.claimed_by_others):

@@ -289,6 +289,7 @@ class Flights:
             flight.order = order
             try:
                 fetched: Fetched = await self._fetcher.fetch(order, landed)
+                self._store.note_landed(len(order.extent), fetched.disk_wait_s)
             finally:
                 flight.order = None
         if obj.generation != generation:

@@ -264,6 +264,7 @@ class WorkerPool:
                     first_byte_s=message.first_byte_s,
                     total_s=message.total_s,
                     new_connection=message.new_connection,
+                    disk_wait_s=message.disk_wait_s,
                 ),
             )
         else:

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 import pycurl
 
-from valohai_fuse.fetch import location, response
+from valohai_fuse.fetch import location, response, waits
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
 from valohai_fuse.model import peers
@@ -92,6 +92,8 @@ class Transfer:
         self.connections_new = 0
         self.forbidden_peer = False
         """Whether the host turned out to be at an address that must not be asked."""
+        self.disk_wait_s = 0.0
+        """How long landing stood still, neither computing nor waiting for a processor."""
         self.single_use = False
         """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
         so such a target is given apart from the URL, which cannot be taken back."""
@@ -356,8 +358,10 @@ class Transfer:
                 )
             except ValueError:  # the format bounds what it stores
                 raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
+        waited_s = waits.waited_s()
         data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
         self._landing.land(self._landed_upto, memoryview(data)[:due_bytes])
+        self.disk_wait_s += waits.waited_s() - waited_s
         self._pending_bytes -= due_bytes
         self._pending = [data[due_bytes:]] if self._pending_bytes else []
         self._landed_upto += due_bytes

@@ -84,6 +84,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     first_byte_s: float
     total_s: float
     new_connection: bool
+    disk_wait_s: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

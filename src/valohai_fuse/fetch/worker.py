@@ -23,6 +23,7 @@ from typing import Any, Final
 import pycurl
 
 from valohai_fuse import __version__
+from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.fetch.response import Rejected
 from valohai_fuse.fetch.transfer import OpenLanding, Transfer, first_byte_s
 from valohai_fuse.fetch.wire import Cancel, Configure, Deframer, Done, Order, Ready, ToPool, frame, to_worker_decoder
@@ -247,6 +248,7 @@ class Worker:
             first_byte_s=first_byte_s(transfer.curl),
             total_s=transfer.total_s(now_s),
             new_connection=transfer.connections_new > 0,
+            disk_wait_s=transfer.disk_wait_s,
         )
         self._release(transfer)
         self._post(done)
@@ -312,6 +314,7 @@ def open_segment(path: str, key: ObjectKey, segment_index: int, version: str) ->
 def main() -> None:
     """Serves the socket whose descriptor is the one argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's business; it closes the socket
+    keep_freed_memory()
     with socket.socket(fileno=int(sys.argv[1])) as control:
         control.set_inheritable(False)
         try:

@@ -21,6 +21,11 @@ PROOF_S = 10.0
 """On trial for this long without a complaint: well. Landings take milliseconds, so a failure would be known by then."""
 WARNING_INTERVAL_S = 60.0
 
+PACE_SHARE = 0.1
+PACE_SAVED_MAX_S = 0.5
+"""A disk that hesitates now and then, as all do that write back, is not slow."""
+PACE_DEBT_MAX_S = 10.0
+
 
 class RateLimitedLog:
     """Warns once per topic and interval; the next warning says how many were held back."""
@@ -39,6 +44,49 @@ class RateLimitedLog:
         self._quiet_until_s[topic] = now_s + WARNING_INTERVAL_S
         held_back = self._held_back.pop(topic, 0)
         log.warning("%s%s", message, f" ({held_back} more like this before)" if held_back else "")
+
+
+class DiskPace:
+    """How much of the fetches' time the disk may take: what waits for it lets the network wait.
+
+    An account in seconds of waiting. It fills with PACE_SHARE of the time that passes, up to PACE_SAVED_MAX_S, and pays for
+    what fetches waited; fetches under way are paid for in advance, by what the last ones cost. A disk that takes what comes
+    costs nothing and is always affordable. Of a slower one so much is used as this share allows, and the rest of what is
+    fetched goes to memory only: the network's rate is kept, and part of the data is cached all the same.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._saved_s = PACE_SAVED_MAX_S
+        self._filled_at_s = monotonic()
+        self._cost_s_per_byte = 0.0
+        self._told = False
+
+    def affordable(self) -> bool:
+        """Whether the next fetch may land on the disk."""
+        now_s = self._monotonic()
+        self._saved_s = min(PACE_SAVED_MAX_S, self._saved_s + (now_s - self._filled_at_s) * PACE_SHARE)
+        self._filled_at_s = now_s
+        if self._saved_s < 0 and not self._told:
+            self._told = True
+            log.info("the cache disk holds fetches up: only part of what is fetched is written there from now on")
+        return self._saved_s >= 0
+
+    def begin(self, byte_count: int) -> float:
+        """A fetch begins to land on the disk; returns what it was charged in advance."""
+        charged_s = byte_count * self._cost_s_per_byte
+        self._saved_s -= charged_s
+        return charged_s
+
+    def end(self, charged_s: float) -> None:
+        """It is over; what it has really cost was or will be told to `waited`."""
+        self._saved_s += charged_s
+
+    def waited(self, byte_count: int, disk_wait_s: float) -> None:
+        """Landing that many bytes waited that long."""
+        self._saved_s = max(-PACE_DEBT_MAX_S, self._saved_s - disk_wait_s)
+        cost = disk_wait_s / byte_count
+        self._cost_s_per_byte += (cost - self._cost_s_per_byte) / 4
 
 
 class DiskHealth:

@@ -272,7 +272,11 @@ class Room:
             changed_at_ns = os.stat(self._shares_dir).st_mtime_ns
             if changed_at_ns == self._listed_at_ns:
                 return
-            names = set(os.listdir(self._shares_dir)) - {self._own_name}
+            names = set(os.listdir(self._shares_dir))
+            if self._own_fd >= 0 and self._own_name not in names:  # somebody deleted the directory, or all in it
+                os.close(self._own_fd)
+                self._own_fd = -1
+            names.discard(self._own_name)
         except OSError:
             return
         gone = [name for name in self._others if name not in names]

@@ -30,7 +30,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey, Version
 from valohai_fuse.store import directory
 from valohai_fuse.store.claims import Claims
-from valohai_fuse.store.health import DiskHealth, RateLimitedLog
+from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
 from valohai_fuse.store.landing import is_memory_path
 from valohai_fuse.store.opened import Contents, OpenSegment
 from valohai_fuse.store.places import Place, Places
@@ -99,6 +99,7 @@ class SegmentStore:
         self._limiter = trio.CapacityLimiter(READING_THREADS)
         self._warnings = RateLimitedLog(monotonic)
         self._health = DiskHealth(monotonic)
+        self._pace = DiskPace(monotonic)
         self._prepared = False
         self._fan_out_made: set[str] = set()
         try:
@@ -324,7 +325,21 @@ class SegmentStore:
     async def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AsyncIterator[str | None]:
         """`segment_path` for a fetch of `extent`, with room taken for it while the block runs; see `ports.BlockStore`."""
         path = self.segment_path(key, extent.start)
-        if self._room is None or is_memory_path(path):
+        if not is_memory_path(path) and not self._pace.affordable():
+            path = self._memory_path((key, extent.start // SEGMENT_BYTES), path)
+        if is_memory_path(path):
+            yield path
+            return
+        charged_s = self._pace.begin(len(extent))
+        try:
+            async with self._with_room(key, extent, path, ahead=ahead) as place:
+                yield place
+        finally:
+            self._pace.end(charged_s)
+
+    @contextlib.asynccontextmanager
+    async def _with_room(self, key: ObjectKey, extent: Extent, path: str, *, ahead: bool) -> AsyncIterator[str | None]:
+        if self._room is None:
             yield path
             return
         wanted_bytes = segment.bytes_on_disk_max(len(extent))
@@ -336,6 +351,10 @@ class SegmentStore:
             yield path
         finally:
             self._room.release(wanted_bytes)
+
+    def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
+        """See `ports.BlockStore`."""
+        self._pace.waited(byte_count, disk_wait_s)
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
@@ -354,6 +373,7 @@ class SegmentStore:
         self._health.failed(detail)
         self._prepared = False  # the directory may have been deleted under us: made again when the disk is tried again
         self._fan_out_made.clear()
+        self._claims.close()  # on a file that may be gone; without them, at worst something is fetched twice
         self._places.forget_files()  # who deleted files to make room gets it only when nobody has them open
 
     def _prepare(self) -> None:

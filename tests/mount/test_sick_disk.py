@@ -1,0 +1,94 @@
+"""A cache disk that is slow, full or gone costs cached bytes, not reads; and all is well when it is well again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import valohai_fuse
+from support.mounts import MountInputs, read_elsewhere, run_cli, wait_until
+from valohai_fuse.sandbox import ramp
+
+MIB = 1024 * 1024
+SOURCES = Path(valohai_fuse.__file__).resolve().parent.parent
+
+SLOW_DISK = """
+import os, time
+from valohai_fuse.store import landing
+fast = landing.write_all
+def slow(fd, data, offset):
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd"):
+        time.sleep(len(data) / 20e6)
+    fast(fd, data, offset)
+landing.write_all = slow
+"""
+
+
+def test_a_slow_disk_is_used_less(mount_inputs: MountInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 MB/s: the file is read right and fetched once, most of it passes the disk by, and some of it is cached."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    monkeypatch.setenv("PYTHONPATH", f"{SOURCES}{os.pathsep}{tmp_path}")
+    mounted = mount_inputs({"data": {"big.bin": ramp(160 * MIB)}})
+    assert read_elsewhere(mounted.path("data", "big.bin"), timeout_s=90) == mounted.sandbox.expected_bytes(
+        "data", "big.bin"
+    )
+    assert mounted.sent_bytes() <= 1.05 * 160 * MIB
+    held = sum(path.stat().st_blocks * 512 for path in Path(mounted.cache_dir, "v1").rglob("*.*"))
+    assert MIB < held < 120 * MIB
+    assert "the cache disk holds fetches up" in mounted.log()
+
+
+def test_a_deleted_cache_is_made_again(mount_inputs: MountInputs) -> None:
+    """`rm -rf` of the whole directory below a live mount: reads go on, and soon what is read is cached again."""
+    files = {f"{n}.bin": ramp(MIB + n) for n in range(60)}
+    mounted = mount_inputs({"data": files}, expected_warnings=("takes no writes",))
+
+    def is_right(name: str) -> bool:
+        return read_elsewhere(mounted.path("data", name)) == mounted.sandbox.expected_bytes("data", name)
+
+    assert is_right("0.bin")
+    shutil.rmtree(mounted.cache_dir)
+    names = iter(files)
+
+    def cached_again() -> bool:
+        assert is_right(next(names))
+        return any(Path(mounted.cache_dir).glob("v1/??/*"))
+
+    wait_until("something is cached again", cached_again)
+    assert all(is_right(name) for name in files)
+
+
+def test_a_full_disk_costs_the_cache_not_the_read(mount_inputs: MountInputs, own_directories: Path) -> None:
+    """ENOSPC in the middle of a stream, for real: a file system of 24 MiB below the cache. Once there is room again, the
+    mount uses it."""
+    disk = own_directories / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", disk], check=False)
+    if mount.returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(12 * MIB))
+        mounted = mount_inputs(
+            {"data": {"big.bin": ramp(40 * MIB), "small.bin": ramp(MIB)}},
+            options=(f"--cache-dir={disk}/cache", "--cache-min-free=0"),
+            expected_warnings=("takes no writes",),
+        )
+        big = mounted.path("data", "big.bin")
+        assert read_elsewhere(big, timeout_s=90) == mounted.sandbox.expected_bytes("data", "big.bin")
+        ballast.unlink()
+
+        def cached() -> bool:
+            done = run_cli("cache", "prune", f"--cache-dir={disk}/cache", "--to=0")
+            assert done.returncode == 0
+            assert read_elsewhere(big, timeout_s=90) == mounted.sandbox.expected_bytes("data", "big.bin")
+            return any(path.stat().st_blocks for path in disk.glob("cache/v1/??/*"))
+
+        wait_until("the disk is used again", cached, timeout_s=60)
+        assert mounted.unmount().returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
