@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.reader import Reader
@@ -306,6 +307,7 @@ def main() -> int:
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
     logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
     block_signal()
+    keep_freed_memory()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

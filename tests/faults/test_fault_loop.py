@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fault_loop import OPTIONS, FaultLoop, Thoroughness, inputs
+from support.fault_loop import OPTIONS, SIZE_BYTES, FaultLoop, Thoroughness, inputs
 from support.mounts import MountedSandbox
 from support.reader_process import Readers
 from valohai_fuse.sandbox.valohai import Sandbox
@@ -22,7 +22,7 @@ def fault_loop(directory: Path, thoroughness: Thoroughness) -> Iterator[FaultLoo
     """A loop over a fresh mount of everything under one root."""
     with Sandbox(inputs(thoroughness), root=directory / "valohai") as sandbox, Readers() as readers:
         root = directory / "root"
-        options = [f"--root={root}", *OPTIONS]
+        options = [f"--root={root}", f"--readahead={thoroughness.readahead}", *OPTIONS]
         with MountedSandbox(sandbox, options=options, expected_warnings=["."]) as mounted:
             yield FaultLoop(sandbox, mounted, root, readers, thoroughness)
             mounted.cli("unmount", str(root))
@@ -31,7 +31,7 @@ def fault_loop(directory: Path, thoroughness: Thoroughness) -> Iterator[FaultLoo
 def test_every_fault_at_every_opportunity(own_directories: Path) -> None:
     """Whatever a store or the API does wrong, once or for ever: right bytes or the errno of the table, in time; afterwards
     the mount is alive, well again, and nothing is leaked."""
-    with fault_loop(own_directories, Thoroughness(1, 1, 0.0)) as loop:
+    with fault_loop(own_directories, Thoroughness(1, 1, 0.0, lengthy=False)) as loop:
         loop.run()
     assert not loop.problems, "\n".join(sorted(loop.problems))
     assert loop.hits > 150, "a loop that hardly hits anything proves nothing"
@@ -39,8 +39,14 @@ def test_every_fault_at_every_opportunity(own_directories: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_fault_at_every_opportunity_at_length(own_directories: Path) -> None:
-    """The same, with faults that stay from the first, second, third request on, and until the API is well again."""
-    with fault_loop(own_directories, Thoroughness(4, 3, 120.0)) as loop:
+@pytest.mark.parametrize(
+    "thoroughness",
+    [Thoroughness(4, 3, 120.0), Thoroughness(2, 1, 120.0, readahead="64M", extents=((0, SIZE_BYTES),))],
+    ids=["parts", "whole files"],
+)
+def test_every_fault_at_every_opportunity_at_length(thoroughness: Thoroughness, own_directories: Path) -> None:
+    """The same, with faults that stay from the first, second, third request on, until the API is well again; and for whole files
+    with readahead."""
+    with fault_loop(own_directories, thoroughness) as loop:
         loop.run()
     assert not loop.problems, "\n".join(sorted(loop.problems))

@@ -93,7 +93,7 @@ OPTIONS = ("--read-timeout=30", "--stall-timeout=2", "--connect-timeout=2", "--r
 def test_a_store_that_is_away_for_a_while(mount_inputs: MountInputs, readers: Readers) -> None:
     """The store is down in the middle of a stream: the reader continues without an error when it is back."""
     mounted = mount_inputs({"data": {"a.bin": Ramp(SIZE_BYTES)}}, options=OPTIONS, expected_warnings=(".",))
-    store_away(mounted, readers, 3.0, 60.0)
+    store_away(mounted, readers, 2.0, 60.0)
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def past_the_deadline(mounted: MountedSandbox, readers: Readers, deadline_s: flo
         for future in pending:
             outcome = future.result()
             assert outcome.errno == errno.ETIMEDOUT
-            assert deadline_s - 0.5 <= outcome.took_s <= deadline_s + 5
+            assert deadline_s * 0.85 <= outcome.took_s <= deadline_s * 1.5 + 0.5  # not twice: the kernel asks twice
     mounted.sandbox.start_store()
     outcome = readers.read(mounted.path("data", "a.bin"), [(0, 5000)])
     assert (outcome.errno, outcome.digest) == (0, digest_of(read_all(Ramp(SIZE_BYTES), 0, 5000)))
@@ -166,7 +166,7 @@ def test_an_api_that_comes_back(mount_inputs: MountInputs, readers: Readers) -> 
     with ThreadPoolExecutor(1) as thread:
         outcome = thread.submit(readers.read, mounted.path("data", "a.bin"), [(0, 5000)], 40.0)
         wait_until("the URL was refused", lambda: any(e.status == 403 for e in mounted.sandbox.requests))
-        pass_time(2.0)
+        pass_time(1.5)
         assert not outcome.done()
         mounted.sandbox.start_api()
         assert outcome.result().errno == 0
@@ -181,7 +181,7 @@ def test_a_network_that_is_taken_away(
     mounted.sandbox.store.rate_bytes_per_s = RATE_BYTES_PER_S
     with streaming(mounted, readers, 60.0) as outcome:
         own_network("down")
-        pass_time(4.0)
+        pass_time(3.0)
         assert not outcome.done()
         own_network("up")
         mounted.sandbox.store.rate_bytes_per_s = None

@@ -34,7 +34,7 @@ from valohai_fuse.mount import table
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, ramp
 from valohai_fuse.sandbox.dataset import SandboxFile
-from valohai_fuse.sandbox.script import Fault
+from valohai_fuse.sandbox.script import Fault, Rule
 from valohai_fuse.sandbox.valohai import Sandbox
 
 MIB: Final = 1024 * 1024
@@ -42,6 +42,8 @@ READ_TIMEOUT_S: Final = 3
 STEP_TIMEOUT_S: Final = READ_TIMEOUT_S * 2 + 10
 """A large read is several requests of the kernel, each with its own deadline; the first that fails ends it."""
 HANDLES_MAX: Final = 6
+FAULTS_PENDING_MAX: Final = 3
+"""More in a row are no longer passing: the pauses between attempts would use up the time of a read."""
 READS_IN_TROUBLE_MAX: Final = 3
 """Each may take the whole time-out; a run that waits finds nothing."""
 
@@ -64,6 +66,14 @@ TRANSIENT: Final[dict[str, Fault]] = {
     "no Content-Range": faults.no_content_range(),
     "401": faults.expired(),
 }
+RENEWAL_FAULTS: Final[dict[str, Fault]] = {
+    "500": faults.internal_error(),
+    "hang up": faults.hang_up(),
+    "half": faults.half_json(),
+    "slow": faults.delay(0.5),
+    "503": faults.throttled(),
+}
+REFUSING: Final = frozenset({"401", "expire in the body"})
 LOUD_EXPECTED: Final = (
     r"a fetch worker \(pid \d+\) died",
     "ended unexpectedly: killed by signal 9",
@@ -112,8 +122,10 @@ class MountMachine(RuleBasedStateMachine):
         self.inodes: dict[str, int] = {}
         self.uris: dict[str, str] = {}
         self.is_store_up = self.is_api_up = True
-        self.may_be_refused = False
-        """URLs were revoked while no renewal was possible, so nothing uncached can be read until one is."""
+        self.was_expired = False
+        """URLs were revoked at some time: those of inputs.json, which a new daemon begins with, are among them."""
+        self.faults: list[Rule] = []
+        self.api_faults: list[Rule] = []
         self.reads_in_trouble = 0
         self.numbers = 0
 
@@ -143,6 +155,13 @@ class MountMachine(RuleBasedStateMachine):
 
     def _path(self, name: str) -> str:
         return str(self.mounted.path("data", name))
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether some URL that the daemon holds is refused while no renewal is possible."""
+        return self.was_expired and (
+            not self.is_api_up or any(rule.hits < (rule.count or 0) for rule in self.api_faults)
+        )
 
     def _try(self, op: str, **arguments: Any) -> tuple[Any, int]:
         """The value or bytes of a step and 0, or None and its errno."""
@@ -304,8 +323,7 @@ class MountMachine(RuleBasedStateMachine):
     def expire(self) -> None:
         """The store refuses all URLs handed out until now; nobody notices while they can be renewed."""
         self.sandbox.expire_urls()
-        if not self.is_api_up:
-            self.may_be_refused = True
+        self.was_expired = True
 
     @rule(up=st.booleans())
     def api(self, up: bool) -> None:
@@ -313,8 +331,6 @@ class MountMachine(RuleBasedStateMachine):
         if up != self.is_api_up:
             (self.sandbox.start_api if up else self.sandbox.stop_api)()
             self.is_api_up = up
-        if up:
-            self.may_be_refused = False
 
     @rule(up=st.booleans())
     def store(self, up: bool) -> None:
@@ -329,15 +345,29 @@ class MountMachine(RuleBasedStateMachine):
         self.store(up=True)
         self.api(up=True)
         self.sandbox.store.faults.clear()
+        self.faults.clear()
+        self.sandbox.api.faults.clear()
+        self.api_faults.clear()
         for obj in self.objects.values():
             obj.is_denied = False
 
     @rule(kind=st.sampled_from(sorted(TRANSIENT)), count=st.integers(1, 3))
     def passing_fault(self, kind: str, count: int) -> None:
         """The next few answers are bad; the reader does not notice."""
-        self.sandbox.store.faults.add(TRANSIENT[kind], count=count)
-        if kind in {"401", "expire in the body"} and not self.is_api_up:
-            self.may_be_refused = True
+        pending = [rule.fault for rule in self.faults for _ in range((rule.count or 0) - rule.hits)]
+        if kind in REFUSING:
+            count = 1  # a fresh URL that is refused again is a real refusal
+            if any(TRANSIENT[other] in pending for other in REFUSING):
+                return
+        if len(pending) + count > FAULTS_PENDING_MAX:
+            return
+        self.faults.append(self.sandbox.store.faults.add(TRANSIENT[kind], count=count))
+        self.was_expired |= kind in REFUSING
+
+    @rule(kind=st.sampled_from(sorted(RENEWAL_FAULTS)), count=st.integers(1, 2))
+    def renewal_fails(self, kind: str, count: int) -> None:
+        """The API's next answers are bad: a read may fail of it, and the next one is none the worse."""
+        self.api_faults.append(self.sandbox.api.faults.add(RENEWAL_FAULTS[kind], count=count))
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def revoke(self, name: str) -> None:

@@ -13,8 +13,8 @@ from model_based.machine import MountMachine
 pytestmark = pytest.mark.mount
 
 SHORT = settings(
-    max_examples=6,
-    stateful_step_count=25,
+    max_examples=5,
+    stateful_step_count=22,
     derandomize=True,
     database=None,
     deadline=None,
@@ -22,9 +22,7 @@ SHORT = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-LONG = settings(
-    SHORT, max_examples=100, stateful_step_count=60, derandomize=False, phases=[Phase.generate, Phase.shrink]
-)
+LONG = settings(SHORT, max_examples=100, stateful_step_count=60, derandomize=False)
 
 
 def machine_at(base: Path) -> type[MountMachine]:

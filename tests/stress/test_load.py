@@ -18,6 +18,7 @@ from stress.load import AtRest, crowd, memory_bytes, metrics, recover, start
 from support.mounts import MountedSandbox, MountInputs, read_elsewhere, wait_until
 from support.prober import Prober
 from support.processes import daemon_pid
+from valohai_fuse.model.retry import FRESH_URL_S
 from valohai_fuse.mount import kernel
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import ramp
@@ -26,6 +27,9 @@ MIB = 1024 * 1024
 BLOCK = 256 * 1024
 PATIENCE_S = 0.1
 """What a stat or a listing may take whatever the reads wait for."""
+FIRST_EXPIRY_S = 2
+EXPIRY_S = 3 * FRESH_URL_S
+"""A URL that is refused while it is fresh is a real refusal; a fetch may have to queue for a while before it is sent."""
 
 pytestmark = pytest.mark.mount
 
@@ -36,7 +40,6 @@ TRANSIENT = (
     faults.internal_error(),
     faults.bad_gateway(),
     faults.throttled(),
-    faults.expired(),
     faults.drip(100_000, 0.01),
     faults.chunked(),
     faults.wrong_range_start(),
@@ -57,7 +60,7 @@ def warmed_up(mounted: MountedSandbox, name: str = "warm.bin") -> AtRest:
     return AtRest.of(mounted)
 
 
-@size_of(short=1000, full=5000)
+@size_of(short=500, full=5000)
 def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: MountInputs, size: int) -> None:
     """5,000 reads wait for a store that does not answer: stat and ls of names that nobody asked for before stay under 100 ms;
     when the store is back every read gets its bytes, and nothing is left."""
@@ -108,7 +111,7 @@ def test_hundreds_of_handles_within_a_memory_bound(mount_inputs: MountInputs, si
     rest.assert_back(mounted)
 
 
-@size_of(short=(4, 250), full=(40, 250))
+@size_of(short=(2, 250), full=(40, 250))
 def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: tuple[int, int]) -> None:
     """10,000 reads end by SIGKILL of their readers: these go at once, the mount is healthy, and nothing is left."""
     rounds, each = size
@@ -129,12 +132,13 @@ def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: 
             process.wait(15)
             assert time.monotonic() - began_s < 5, "a killed reader goes at once"
         recover(mounted)
-        assert mounted.path("data", "warm.bin").stat().st_size == MIB
+        # Else the kernel, congested with what the dead have asked for, would make the next ones wait unkillably.
+        wait_until("what they asked for has ended", lambda: not metrics(mounted)["requests_under_way"], 60)
     rest.assert_back(mounted, timeout_s=60)
     assert read_elsewhere(path, 0, 1000) == mounted.sandbox.expected_bytes("data", "big.bin", 0, 1000)
 
 
-@size_of(short=(16, 6.0), full=(64, 600.0))
+@size_of(short=(16, 4.0), full=(64, 600.0))
 def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, size: tuple[int, float]) -> None:
     """64 processes read at once, with faults sprinkled in, the URLs expiring and the cache evicted: every byte is compared, no read
     fails, and at the end nothing is left."""
@@ -160,10 +164,12 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
 
 def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> None:
     """Faults, expiries and evictions until the readers have ended."""
+    expiry_s = time.monotonic() + FIRST_EXPIRY_S
     while any(process.poll() is None for process in processes):
         mounted.sandbox.store.faults.add(dice.choice(TRANSIENT), count=dice.randrange(1, 3))
-        if dice.random() < 0.1:
+        if time.monotonic() > expiry_s:
             mounted.sandbox.expire_urls()
+            expiry_s = time.monotonic() + EXPIRY_S
         if dice.random() < 0.1:
             segments = [path for path in Path(mounted.cache_dir).rglob("*") if path.is_file()]
             if segments:

@@ -32,7 +32,7 @@ HTML = "<html><head><title>Login</title></head><body>Welcome to the captive port
 
 @dataclass(frozen=True, slots=True)
 class FaultKind:
-    """One kind; see the module's text. `alone`: it reaches beyond the requests that it is meant for."""
+    """One kind; see the module's text. `alone`: it reaches beyond the requests that it is meant for; `lengthy`: it takes long."""
 
     name: str
     make: Make
@@ -40,6 +40,7 @@ class FaultKind:
     always: Outcomes
     probe: Outcomes
     alone: bool = False
+    lengthy: bool = False
 
 
 def _kind(
@@ -50,8 +51,9 @@ def _kind(
     *,
     probe: Outcomes | None = None,
     alone: bool = False,
+    lengthy: bool = False,
 ) -> FaultKind:
-    return FaultKind(name, make, once, always, always if probe is None else probe, alone)
+    return FaultKind(name, make, once, always, always if probe is None else probe, alone, lengthy)
 
 
 def _retried(name: str, make: Make, *, alone: bool = False) -> FaultKind:
@@ -145,7 +147,7 @@ API_KINDS: tuple[FaultKind, ...] = (
     _retried("hang-up", lambda _: faults.hang_up()),
     _retried("reset", lambda _: faults.reset_after(0)),
     _retried("reset in mid-answer", lambda _: faults.reset_after(50)),
-    _kind("no answer for 3 s", lambda _: faults.delay(3.0), RIGHT | LATE, RIGHT | LATE),
+    _kind("no answer for 5 s", lambda _: faults.delay(5.0), RIGHT | LATE, RIGHT | LATE, alone=True, lengthy=True),
     _harmless("slow", lambda _: faults.delay(0.5)),
     _harmless("drip", lambda _: faults.drip(32, 0.01)),
     _final("401", lambda _: faults.status(401), REFUSED),

@@ -30,14 +30,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"ports", "model", "errors", "settings"},
     "mount": {"engine", "ports", "model", "errors", "settings"},
     "store": ADAPTER,
-    "fetch": ADAPTER,
+    "allocator": set(),
+    "fetch": ADAPTER | {"allocator"},
     "sources": ADAPTER,
     "obs": ADAPTER,
     "sandbox": {"model", "errors", "settings"},
     "supervisor": {"handshake", "mount", "obs", "errors", "settings"},
     "inspection": {"handshake", "sources", "engine", "store", "obs", "ports", "model", "errors", "settings"},
 }
-MAY_IMPORT["daemon"] = {"mount", "inspection", "fetch", *MAY_IMPORT["inspection"]}
+MAY_IMPORT["daemon"] = {"mount", "inspection", "fetch", "allocator", *MAY_IMPORT["inspection"]}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "supervisor", "sandbox"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()

@@ -24,7 +24,7 @@ from valohai_fuse.obs.redaction import redact, url_shown
 from valohai_fuse.ports import FileRef
 from valohai_fuse.sources.answer import Answer
 
-EXAMPLES = settings(max_examples=300, deadline=None)
+EXAMPLES = settings(max_examples=100, deadline=None)
 SIZE, START, STOP = 1_000_000, 65_536, 131_072
 
 numbers = st.sampled_from(

@@ -31,7 +31,7 @@ CONTENT = bytes(n % 251 for n in range(KEY.size))
 WHOLE = Extent(0, KEY.size)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=segment.PAGE_BYTES + 10))
 def test_any_bytes_as_a_segments_first_page(page: bytes) -> None:
     """A header or none, a table or an empty one."""
@@ -51,7 +51,7 @@ def read_whole(store: SegmentStore) -> bytes | None:
 
 
 @pytest.mark.expect_warnings(".")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_damage_to_a_segment(data: st.DataObject) -> None:
     """Bytes flipped, cut off, zeroed or replaced anywhere: the object's bytes, or absence."""
@@ -106,7 +106,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=66, deadline=None)
 @given(
     st.binary()
     | anything.map(lambda value: json.dumps(value).encode())
@@ -132,7 +132,7 @@ def test_any_line_to_the_control_socket(line: bytes) -> None:
     assert "S3CR3T" not in json.dumps(said)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.binary() | anything.map(lambda value: json.dumps(value).encode()))
 @example(b"[" * 100_000)
 @example(b'{"ok": false, "error": "SystemExit"}')

@@ -25,7 +25,7 @@ from valohai_fuse.errors import ConfigurationError, UsageError
 from valohai_fuse.model.tree import ROOT, Inode, Tree, build
 from valohai_fuse.sources import api_file, manifest_file
 
-EXAMPLES = settings(max_examples=150, deadline=None)
+EXAMPLES = settings(max_examples=50, deadline=None)
 
 scalars = (
     st.none()
@@ -132,7 +132,7 @@ def test_any_bytes_as_yaml(content: bytes) -> None:
     load(yaml=content)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(manifests)
 def test_any_manifest_as_yaml(manifest: dict[str, Any]) -> None:
     """What YAML can say of it is the same tree as JSON's, or a sentence."""

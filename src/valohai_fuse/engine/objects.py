@@ -14,12 +14,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from valohai_fuse.errors import ObjectChangedError
+from valohai_fuse.model.extents import Extent
 from valohai_fuse.model.readahead import Planner
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import FileRef, ObjectKey, Version
 
 if TYPE_CHECKING:
     from valohai_fuse.engine.flights import Flight
+
+
+REPEAT_S = 1.0
+"""The kernel repeats a read that failed at once; what comes later is somebody's own new read."""
+GIVEN_UP_MAX = 64
+
+
+class _GivenUp:
+    """A read that ended at its deadline, and which of its offsets have been asked for again since."""
+
+    __slots__ = ("extent", "repeated", "until_t")
+
+    def __init__(self, extent: Extent, until_t: float) -> None:
+        self.extent = extent
+        self.until_t = until_t
+        self.repeated: set[int] = set()
 
 
 class RemoteObject:
@@ -30,6 +47,7 @@ class RemoteObject:
         "file",
         "flights",
         "generation",
+        "given_up",
         "handles",
         "inode",
         "key",
@@ -48,6 +66,7 @@ class RemoteObject:
         self.generation = 0
         self.handles = 0
         self.flights: list[Flight] = []
+        self.given_up: list[_GivenUp] = []
         self.served = False
         self.cache_distrusted = False
         """The store contradicted the cache: versions are learnt from responses only."""
@@ -60,6 +79,25 @@ class RemoteObject:
             self.version = version
         elif self.version != version:
             raise self.changed("its ETag is not what it was")
+
+    def note_given_up(self, extent: Extent, now_t: float) -> None:
+        """A read of `extent` has just ended at its deadline."""
+        recent = [one for one in self.given_up if now_t < one.until_t]
+        self.given_up = [*recent[1 - GIVEN_UP_MAX :], _GivenUp(extent, now_t + REPEAT_S)]
+
+    def is_repeat(self, extent: Extent, now_t: float) -> bool:
+        """Whether this is the kernel's repetition of a read that was given up: it must not have a deadline of its own.
+
+        When a read that the kernel made for readahead fails, it asks for the page that somebody waits for once more, and only
+        the outcome of that reaches the program, which would so wait twice as long as it was promised. Each page is asked for
+        again once, at once, perhaps through the handle of another reader; a program that tries again comes after that.
+        """
+        for one in self.given_up:
+            within = one.extent.start <= extent.start and extent.stop <= one.extent.stop
+            if within and now_t < one.until_t and extent.start not in one.repeated:
+                one.repeated.add(extent.start)
+                return True
+        return False
 
     @property
     def forgettable(self) -> bool:

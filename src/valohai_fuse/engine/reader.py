@@ -132,7 +132,15 @@ class Reader:
         self._metrics.count("reads")
         found = self._look(obj, extent)
         if isinstance(found, NotHere):
-            found = await self._fetch_and_read(handle, extent, plan, found)
+            if found is not COLD and obj.is_repeat(extent, trio.current_time()):
+                raise errors.DeadlineExceededError(
+                    f"{obj.label}: given up a moment ago, and asked for again by the kernel"
+                )
+            try:
+                found = await self._fetch_and_read(handle, extent, plan, found)
+            except errors.DeadlineExceededError:
+                obj.note_given_up(extent, trio.current_time())
+                raise
         else:
             self._metrics.count("hit_bytes", len(extent))
             self._look_ahead(obj, handle, plan)

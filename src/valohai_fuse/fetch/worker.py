@@ -23,6 +23,7 @@ from typing import Any, Final
 import pycurl
 
 from valohai_fuse import __version__
+from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.fetch.response import Rejected
 from valohai_fuse.fetch.transfer import OpenLanding, Transfer, first_byte_s
 from valohai_fuse.fetch.wire import Cancel, Configure, Deframer, Done, Order, Ready, ToPool, frame, to_worker_decoder
@@ -313,6 +314,7 @@ def open_segment(path: str, key: ObjectKey, segment_index: int, version: str) ->
 def main() -> None:
     """Serves the socket whose descriptor is the one argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's business; it closes the socket
+    keep_freed_memory()
     with socket.socket(fileno=int(sys.argv[1])) as control:
         control.set_inheritable(False)
         try:

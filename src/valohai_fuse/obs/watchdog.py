@@ -197,8 +197,11 @@ class Watchdog(trio.abc.Instrument):
         while (left_s := end_s - time.monotonic()) > 0 and not self._stopped.is_set():
             if not is_signal_blocked():
                 self._stopped.wait(left_s)
-            elif signal.sigtimedwait({signal.SIGUSR1}, min(left_s, LOOK_S)) is not None:
-                return True
+            else:
+                # After a SIGCONT that comes too late CPython 3.11 returns a siginfo of nothing instead of None.
+                info = signal.sigtimedwait({signal.SIGUSR1}, min(left_s, LOOK_S))
+                if info is not None and info.si_signo == signal.SIGUSR1:
+                    return True
             if self.busy_since_s is not None:
                 break
         return False
