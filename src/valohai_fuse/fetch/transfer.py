@@ -99,7 +99,7 @@ class Transfer:
         so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
-        """When the store last sent a head or PROGRESS_BYTES of a body; a stall is counted from here."""
+        """When the store last began to answer or sent PROGRESS_BYTES of a body; a stall is counted from here."""
         self._progress_bytes = 0
         """Of bodies, as they stood then."""
         self._open_landing = open_landing
@@ -110,7 +110,8 @@ class Transfer:
         self._lease_origin = location.origin(self.url)
         self._redirects = 0
         self._head_lines: list[bytes] = []
-        self._head_lines_seen = 0
+        self._answered = False
+        """Whether anything has come of the answer; a header now and then is no progress."""
         self._incoming: list[bytes] = []
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -163,6 +164,7 @@ class Transfer:
             raise Rejected(FailureKind.PROTOCOL, f"more than {location.REDIRECTS_MAX} redirects")
         self.url = location.followed(self.url, head.headers["location"].encode("latin-1"))
         self.head = None
+        self._answered = False
         self._head_lines.clear()
         self._incoming.clear()
         self._error_body = b""
@@ -176,11 +178,11 @@ class Transfer:
 
         Raises Rejected; OSError from the landing.
         """
-        if self._incoming or len(self._head_lines) != self._head_lines_seen:
-            new_head = len(self._head_lines) != self._head_lines_seen
-            self._head_lines_seen = len(self._head_lines)
+        answered = bool(self._head_lines) and not self._answered
+        if self._incoming or answered:
+            self._answered = True
             self._take()
-            if new_head or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
+            if answered or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
                 self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
         due = self._due_bytes()
         if due == 0:
