@@ -165,8 +165,15 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
 def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> None:
     """Faults, expiries and evictions until the readers have ended."""
     expiry_s = time.monotonic() + FIRST_EXPIRY_S
+    faulty = mounted.sandbox.store.faults
+    last = faulty.add(TRANSIENT[0])
     while any(process.poll() is None for process in processes):
-        mounted.sandbox.store.faults.add(dice.choice(TRANSIENT), count=dice.randrange(1, 3))
+        if last.hits >= (
+            last.count or 0
+        ):  # one at a time: a heap of them would be an outage, and one kind again and again no accident
+            last = faulty.add(
+                dice.choice([fault for fault in TRANSIENT if fault is not last.fault]), count=dice.randrange(1, 3)
+            )
         if time.monotonic() > expiry_s:
             mounted.sandbox.expire_urls()
             expiry_s = time.monotonic() + EXPIRY_S
