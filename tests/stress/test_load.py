@@ -146,7 +146,7 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
     files = {"a.bin": 40 * MIB + 3, "b.bin": 9 * MIB, "c.bin": 300_001, "d.bin": 70, "e.bin": 100 * MIB}
     mounted = mount_inputs(
         {"data": {name: ramp(bytes_) for name, bytes_ in files.items()} | {"warm.bin": ramp(MIB)}},
-        options=("--stall-timeout=5",),
+        options=("--stall-timeout=5", "--cache-max-size=64M"),
         expected_warnings=("cache",),
     )
     rest = warmed_up(mounted)
