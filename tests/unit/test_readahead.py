@@ -29,7 +29,7 @@ class Ledger:
             if plan.ahead.start != plan.demand.stop
             else [Extent(plan.demand.start, plan.ahead.stop)]
         )
-        for extent in whole:
+        for extent in (*whole, *plan.elsewhere):
             for part in split_by_segment(extent):
                 blocks = set(range(part.start // BLOCK_BYTES, -(-part.stop // BLOCK_BYTES))) - self.fetched
                 self.requests += bool(blocks)
@@ -109,6 +109,51 @@ def test_reordered_kernel_readahead_stays_one_stream() -> None:
     assert ledger.requests <= 60
 
 
+def foreseen(ledger: Ledger, pieces: list[tuple[int, int]]) -> int:
+    """How many of the pieces were fetched before they were read."""
+    count = 0
+    for start, stop in pieces:
+        count += all(block in ledger.fetched for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)))
+        for at in range(start, stop, MIB):
+            ledger.read(at, min(at + MIB, stop))
+    return count
+
+
+def test_regular_jumps_are_foreseen() -> None:
+    """Read 1 MiB, jump 17 MiB: all but the first few pieces are there, and hardly more is fetched than is read."""
+    ledger = Ledger(GIB)
+    pieces = [(start, start + MIB) for start in range(0, GIB, 18 * MIB)]
+    assert foreseen(ledger, pieces) >= len(pieces) - 5
+    assert ledger.fetched_bytes <= 1.2 * len(pieces) * MIB
+
+
+def test_reading_backwards_is_foreseen() -> None:
+    ledger = Ledger(256 * MIB)
+    pieces = [(start, start + MIB) for start in range(255 * MIB, -1, -MIB)]
+    assert foreseen(ledger, pieces) >= len(pieces) - 5
+    assert ledger.fetched_bytes == 256 * MIB
+
+
+def test_small_strides_are_foreseen() -> None:
+    """128 KiB of every 4 MiB."""
+    ledger = Ledger(GIB)
+    pieces = [(start, start + 128 * 1024) for start in range(0, GIB, 4 * MIB)]
+    assert foreseen(ledger, pieces) >= len(pieces) - 5
+    assert ledger.fetched_bytes <= 2 * len(pieces) * 128 * 1024 + FIRST_READ_BYTES
+
+
+def test_a_stride_that_ends_costs_little() -> None:
+    """The pieces planned in vain are twice as many as were read at the most."""
+    ledger = Ledger(GIB)
+    pieces = [(start, start + MIB) for start in range(0, 180 * MIB, 18 * MIB)]
+    foreseen(ledger, pieces)
+    assert ledger.fetched_bytes <= 3 * len(pieces) * MIB
+    before = ledger.fetched_bytes
+    ledger.read(900 * MIB, 900 * MIB + 4096)
+    ledger.read(333 * MIB, 333 * MIB + 4096)
+    assert ledger.fetched_bytes - before <= 2 * RANDOM_READ_BYTES
+
+
 def test_no_window_means_demand_only() -> None:
     ledger = Ledger(GIB, window=0)
     kernel_sequential(ledger, 0, 32 * MIB)
@@ -134,6 +179,11 @@ def test_plans_are_well_formed(size: int, pattern: list[tuple[int, int]], window
         assert len(plan.ahead) <= max(window, RANDOM_READ_BYTES)
         assert plan.ahead.start % BLOCK_BYTES == 0 or plan.ahead.start == size
         assert plan.ahead.stop % BLOCK_BYTES == 0 or plan.ahead.stop == size
+        assert sum(map(len, plan.elsewhere)) <= 3 * window
+        for piece in plan.elsewhere:
+            assert piece
+            assert piece.stop <= size
+            assert piece.start % BLOCK_BYTES == 0
 
 
 @given(start=st.integers(0, 10 * SEGMENT_BYTES), length=st.integers(0, 3 * SEGMENT_BYTES))

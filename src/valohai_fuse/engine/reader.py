@@ -233,10 +233,12 @@ class Reader:
         return behind[0].stop if behind and behind[0].start == gap.stop else gap.stop
 
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
-        if not plan.ahead:
+        if not plan.ahead and not plan.elsewhere:
             return
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
-        self._begin_ahead(obj, plan.ahead)
+        for extent in (plan.ahead, *plan.elsewhere):
+            if extent:
+                self._begin_ahead(obj, extent)
 
     def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
         if self._version_known(obj, wanted.start):

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent, align
+from valohai_fuse.model.stride import Stride
 
 FIRST_READ_BYTES = 1024 * 1024
 """Fetched upon a first read at offset 0: `head -c 4096` must cost at most 1.25 MiB."""
@@ -45,28 +46,34 @@ STREAMS_MAX = 8
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Whole blocks: `demand` covers the read and is waited for; `ahead` follows it (possibly empty) and is not."""
+    """Whole blocks: `demand` covers the read and is waited for; `ahead` follows it (possibly empty) and is not, nor are the
+    pieces of `elsewhere`, where a reader that jumps regularly will read next."""
 
     demand: Extent
     ahead: Extent
+    elsewhere: tuple[Extent, ...] = ()
 
 
 @dataclass(slots=True)
 class _Stream:
+    start: int
     cursor: int  # the end of what was read: where the next sequential read begins
     run_bytes: int  # read in sequence so far: the trust it has earned
     planned: int  # everything below is demanded or planned
     used: int  # tick of the last read, for forgetting the oldest
+    stop_expected: int | None = None  # where the pieces of a stride end; passed, it is forgotten
 
 
 class Planner:
     """The streams of one open file. `size` and `window_bytes_max` in bytes; 0 as window turns looking ahead off."""
 
-    __slots__ = ("_size", "_streams", "_tick", "window_bytes_max")
+    __slots__ = ("_latest", "_size", "_streams", "_stride", "_tick", "window_bytes_max")
 
     def __init__(self, size: int, window_bytes_max: int) -> None:
         self._size = size
         self._streams: list[_Stream] = []
+        self._stride = Stride(size)
+        self._latest: _Stream | None = None
         self._tick = 0
         self.window_bytes_max = window_bytes_max
 
@@ -104,8 +111,14 @@ class Planner:
         else:
             whole = align(demand.start, max(demand.stop, demand.start + RANDOM_READ_BYTES), self._size)
         whole = Extent(whole.start, min(whole.stop, self._size))
-        self._streams.append(_Stream(stop, stop - start, whole.stop, self._tick))
-        return Plan(demand, Extent(demand.stop, whole.stop))
+        before = 0 if self._latest is None else self._latest.cursor - self._latest.start
+        pieces = self._stride.on_jump(start, before, self.window_bytes_max)
+        self._latest = stream = _Stream(start, stop, stop - start, whole.stop, self._tick)
+        self._streams.append(stream)
+        if self._stride.believed:
+            stream.stop_expected = start + self._stride.piece_bytes
+        elsewhere = tuple(align(piece.start, piece.stop, self._size) for piece in pieces)
+        return Plan(demand, Extent(demand.stop, whole.stop), elsewhere)
 
     def _refill(self, stream: _Stream, demand: Extent) -> Extent:
         planned = max(stream.planned, demand.stop)
@@ -117,6 +130,10 @@ class Planner:
         if planned - stream.cursor > window // 2 or planned >= self._size:
             return nothing
         target = min(stream.cursor + window, self._size)
+        if stream.stop_expected is not None:
+            if stream.cursor <= stream.stop_expected:
+                return nothing  # a piece of a stride, planned when the stride was
+            stream.stop_expected = None
         if target < self._size:
             boundary = target - target % SEGMENT_BYTES
             target = boundary if boundary > planned + window // 4 else align(planned, target, self._size).stop

@@ -1,0 +1,68 @@
+"""Readers that jump by the same distance each time: every 17th MiB, one column of a row-major array, from the end backwards.
+
+Each new place where a reader begins is compared with the last two. Three jumps alike make a stride; then the next places are
+planned before they are asked for, twice as many as the stride has lasted, each as long as the pieces before it. One jump that
+differs ends it. Random offsets do not jump by the same distance three times in a row.
+
+Pure; knows nothing of blocks, caches or sequential readers.
+"""
+
+from __future__ import annotations
+
+from valohai_fuse.model.extents import Extent
+
+JUMPS_ALIKE_MIN = 2
+"""Repetitions of the first jump before it is believed."""
+
+PIECES_MAX = 64
+PIECE_BYTES_MAX = 8 * 1024 * 1024
+
+
+class Stride:
+    """The jumps of one handle. `size` in bytes."""
+
+    __slots__ = ("_alike", "_jump", "_piece_bytes", "_planned", "_size", "_start")
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._start = -1
+        self._jump = 0
+        self._alike = 0
+        self._planned = 0  # pieces ahead of `_start` that are planned
+        self._piece_bytes = 0
+
+    @property
+    def believed(self) -> bool:
+        """Whether the last jumps were alike: the reader will stop where the pieces before it stopped."""
+        return self._alike >= JUMPS_ALIKE_MIN
+
+    @property
+    def piece_bytes(self) -> int:
+        """How much was read at a place, at the most, since the stride began."""
+        return self._piece_bytes
+
+    def on_jump(self, start: int, last_piece_bytes: int, budget_bytes: int) -> list[Extent]:
+        """A read begins at a new place; `last_piece_bytes` were read at the one before it.
+
+        The pieces to plan now, in the order in which they will be read, `budget_bytes` of them at the most.
+        """
+        jump, self._start = start - self._start, start
+        if jump != self._jump:
+            self._jump, self._alike, self._planned, self._piece_bytes = jump, 0, 0, 0
+            return []
+        self._alike += 1
+        self._planned = max(0, self._planned - 1)
+        self._piece_bytes = min(max(self._piece_bytes, last_piece_bytes), PIECE_BYTES_MAX)
+        if not self.believed or not self._piece_bytes or abs(jump) < self._piece_bytes:
+            return []
+        wanted = min(PIECES_MAX, 2 * self._alike, budget_bytes // self._piece_bytes)
+        if self._planned > wanted // 2:
+            return []
+        pieces = []
+        for nth in range(self._planned + 1, wanted + 1):
+            at = start + nth * jump
+            if not 0 <= at < self._size:
+                break
+            pieces.append(Extent(at, min(at + self._piece_bytes, self._size)))
+        self._planned = max(self._planned, wanted)
+        return pieces
