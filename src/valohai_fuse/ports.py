@@ -136,6 +136,8 @@ class FetchOrder:
     """None: not known yet, take what the response says."""
     segment_path: str
     priority: Priority = Priority.DEMAND
+    awaited_upto: int = 0
+    """A reader waits for everything below; 0: nobody waits yet. Worth landing and telling at once when it is there."""
     turn: int = 0
     """Among orders of one priority the lowest goes first."""
 

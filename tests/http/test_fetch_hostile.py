@@ -87,13 +87,19 @@ def test_an_answer_that_was_made_to_upset_a_worker(answer: Answer, tmp_path: Pat
     trio.run(scenario)
 
 
-def test_a_connection_that_trickles_is_given_up(tmp_path: Path) -> None:
-    """A byte now and then is no progress: the order fails as a stalled one does, and a new connection serves it."""
+@pytest.mark.parametrize("what", ["body", "headers", "head"])
+def test_a_connection_that_trickles_is_given_up(what: str, tmp_path: Path) -> None:
+    """A byte or a header now and then is no progress: the order fails as a stalled one does, and a new connection serves it."""
 
     async def scenario() -> None:
         async with rig(tmp_path, stall_timeout_s=0.5) as r:
             whole = partial(r.store.content, 0, SIZE)
-            r.store.answers.append([piece for n in range(400) for piece in (whole[n : n + 1], 0.05)])
+            start = whole.index(b"\r\n\r\n") + 4 if what == "body" else 0
+            pieces: list[bytes | float | trio.Event | End] = [whole[:start]] if start else []
+            for n in range(400):
+                header = b"HTTP/1.1 206 X\r\n" if n == 0 else b"X-N: %d\r\n" % n
+                pieces += [header if what == "headers" else whole[start + n : start + n + 1], 0.05]
+            r.store.answers.append(pieces)
             failed = await r.failure(r.order())
             assert failed.kind is FailureKind.TRANSIENT
             assert (await r.fetch(r.order())).fetched_bytes == SIZE

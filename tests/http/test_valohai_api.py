@@ -307,6 +307,16 @@ def test_a_full_disk_does_not_matter(works_for: int, monkeypatch: pytest.MonkeyP
         )
 
 
+def test_what_no_disk_takes_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a disk for it, a large answer is refused long before it is as large as one on disk may be."""
+    monkeypatch.setattr("valohai_fuse.sources.valohai_api.ANSWER_MEMORY_BYTES_MAX", 2 << 20)
+    raw = response(200, _large_answer(6000))
+    with ScriptedHttp(lambda request: raw) as server:
+        with pytest.raises(StoreUnavailableError, match="no disk takes it"):
+            renew(server, spool_dir="/proc/nowhere")
+        assert len(raw) > 2 << 20
+
+
 def test_old_answers_are_given_back(tmp_path: Path) -> None:
     """No descriptor is left once a renewal is replaced."""
     raw = response(200, _large_answer(3000))

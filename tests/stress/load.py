@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from support.processes import daemon_pid, workers
 
 PROGRAM = Path(__file__).with_name("reader_process.py")
 GAUGES_AT_REST = ("open_files", "reads_under_way", "requests_under_way", "flights")
-CACHED_SEGMENT = re.compile(r"\.seg\b|/cache/")
+CACHED_SEGMENT = re.compile(r"/cache/|/memfd:valohai-fuse:")
+"""Kept at hand, or in memory where the disk lets readers down; bounded by the store."""
 
 
 def start(mode: str, *arguments: object) -> subprocess.Popen[str]:
@@ -91,10 +93,10 @@ class AtRest:
         # A task per request that came at once is kept by pyfuse3, `session.TASKS_IDLE` of them; workers have three each.
         spare = 8 + 3 * self.workers_max + 8
         wait_until("the tasks have gone", lambda: metrics(mounted)["tasks"] <= self.tasks + spare)
-        wait_until(
-            "the descriptors have gone",
-            lambda: len(_descriptors(daemon)) <= self.descriptors + 2 * self.workers_max + 4,
-        )
+        allowed = self.descriptors + 2 * self.workers_max + 4
+        with contextlib.suppress(AssertionError):
+            wait_until("the descriptors have gone", lambda: len(_descriptors(daemon)) <= allowed)
+        assert len(_descriptors(daemon)) <= allowed, _descriptors(daemon)
         assert len(workers(daemon)) <= min(4, self.workers_max)
         left = [path.name for path in Path(mounted.cache_dir).rglob("*") if re.search(r"\.(tmp|new|part)", path.name)]
         assert not left

@@ -66,7 +66,7 @@ class Rounds:
                 upkeep.clear(self._mounted.cache_dir)
             with self._load():
                 if number % 3 != 2:
-                    wait_until("something lands", lambda: bool(cache_damage.paths(self._mounted.cache_dir)))
+                    wait_until("something lands", self._has_landed, timeout_s=60)
                 threading.Event().wait(self._chance.uniform(0.0, KILL_AFTER_MAX_S))
                 self._kill(self._chance.choice(("daemon", "daemon", "workers", "all")))
             unmounted = self._mounted.unmount()
@@ -107,6 +107,9 @@ class Rounds:
                 expected = self._mounted.sandbox.expected_bytes("data", name, start, start + len(found))
                 if found != expected:
                     self._wrong.append(f"{name} at {start}, {len(found)} bytes")
+
+    def _has_landed(self) -> bool:
+        return bool(cache_damage.paths(self._mounted.cache_dir))
 
     def _kill(self, whom: str) -> None:
         (record,) = RuntimeDir(self._mounted.runtime_dir).records()

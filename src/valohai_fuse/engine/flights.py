@@ -113,6 +113,11 @@ class Flight:
         """Whether somebody needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
         return self.deadline > 0
 
+    @property
+    def awaited_upto(self) -> int:
+        """The least that satisfies a reader; 0 when none waits."""
+        return min((upto for upto, _ in self.waiters), default=0) if self.urgent else 0
+
     def _check(self, upto: int) -> None:
         if self.landed < upto and self.error is not None:
             # A fresh instance for each reader: one exception object must not collect the tracebacks of many tasks.
@@ -289,6 +294,7 @@ class Flights:
                 expect_version=obj.version,
                 segment_path=path,
                 priority=Priority.DEMAND if flight.urgent else priority,
+                awaited_upto=flight.awaited_upto,
                 turn=flight.turn,
             )
             flight.order = order

@@ -404,7 +404,7 @@ def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:
         stop=order.extent.stop,
         expect_version=order.expect_version,
         segment_path=os.fsencode(order.segment_path),
-        awaited=order.priority is Priority.DEMAND,
+        awaited_upto=order.awaited_upto,
     )
 
 

@@ -1,8 +1,8 @@
 """One order on its way through a worker: what has arrived, what of it is landed, and how it ends.
 
 libcurl appends header lines and body chunks to two lists (`list.append` is the callback: no Python frame per 16 KiB); the
-loop calls `advance` after each socket event, and everything is decided there. Where a reader waits, the first whole block
-is landed at once; after that landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
+loop calls `advance` after each socket event, and everything is decided there. What a reader waits for
+is landed as soon as it is there; otherwise landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
 each landing costs two writes here and a wake-up in the daemon.
 
 Invariants: nothing is landed before `response.accept` said yes; bytes land in ascending order, each once, in whole blocks
@@ -99,18 +99,19 @@ class Transfer:
         so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
-        """When the store last sent a head or PROGRESS_BYTES of a body; a stall is counted from here."""
+        """When the store last began to answer or sent PROGRESS_BYTES of a body; a stall is counted from here."""
         self._progress_bytes = 0
         """Of bodies, as they stood then."""
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
         self._landed_at_s = 0.0
-        self._interval_s = LAND_INTERVAL_S if order.awaited else PATIENT_INTERVAL_S
+        self._interval_s = LAND_INTERVAL_S if order.awaited_upto else PATIENT_INTERVAL_S
         self._lease_origin = location.origin(self.url)
         self._redirects = 0
         self._head_lines: list[bytes] = []
-        self._head_lines_seen = 0
+        self._answered = False
+        """Whether anything has come of the answer; a header now and then is no progress."""
         self._incoming: list[bytes] = []
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -163,6 +164,7 @@ class Transfer:
             raise Rejected(FailureKind.PROTOCOL, f"more than {location.REDIRECTS_MAX} redirects")
         self.url = location.followed(self.url, head.headers["location"].encode("latin-1"))
         self.head = None
+        self._answered = False
         self._head_lines.clear()
         self._incoming.clear()
         self._error_body = b""
@@ -176,20 +178,20 @@ class Transfer:
 
         Raises Rejected; OSError from the landing.
         """
-        if self._incoming or len(self._head_lines) != self._head_lines_seen:
-            new_head = len(self._head_lines) != self._head_lines_seen
-            self._head_lines_seen = len(self._head_lines)
+        answered = bool(self._head_lines) and not self._answered
+        if self._incoming or answered:
+            self._answered = True
             self._take()
-            if new_head or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
+            if answered or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
                 self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
         due = self._due_bytes()
-        if due == 0 or (
-            due < LAND_BYTES
-            and self._landed_upto + due < self.order.stop
-            and now_s - self._landed_at_s < self._interval_s
-        ):
+        if due == 0:
             return None
-        return self._land(due, now_s)
+        upto = self._landed_upto + due
+        satisfies = upto == self.order.stop or self._landed_upto < self.order.awaited_upto <= upto
+        if satisfies or due >= LAND_BYTES or now_s - self._landed_at_s >= self._interval_s:
+            return self._land(due, now_s)
+        return None
 
     @property
     def land_at_s(self) -> float | None:
@@ -293,8 +295,7 @@ class Transfer:
         if head.status in {200, 206}:
             self._body = response.accept(self.order, head)
             self._skip_left_bytes = self._body.skip_bytes
-            if not self.order.awaited:
-                self._landed_at_s = time.monotonic()  # the first block is in no hurry
+            self._landed_at_s = time.monotonic()
 
     def _take(self) -> None:
         """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""

@@ -50,8 +50,7 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     stop: int
     expect_version: str | None
     segment_path: bytes
-    awaited: bool = True
-    """Whether a reader waits for it: its first block is then worth a message of its own."""
+    awaited_upto: int = 0
 
     def __repr__(self) -> str:
         return f"Order(id={self.id}, start={self.start}, stop={self.stop})"

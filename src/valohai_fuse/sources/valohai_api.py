@@ -33,6 +33,8 @@ from valohai_fuse.sources.api_file import ApiRequest
 
 ANSWER_BYTES_MAX: Final = 4 << 30
 """A million files make about 1 GB. More is not an answer but a fault."""
+ANSWER_MEMORY_BYTES_MAX: Final = 256 << 20
+"""The same where no disk takes it: a quarter of a million files."""
 ATTEMPT_MAX_S: Final = 300.0
 """For one answer in all, against one that drips."""
 SPILL_BYTES: Final = 1 << 20
@@ -252,14 +254,17 @@ class _Spool:
     def __init__(self, directory: str | None) -> None:
         self._directory = directory
         self._file: BinaryIO | None = None
+        self._in_memory = False
         self._pending = bytearray()
         self._written = 0
 
     def add(self, chunk: bytes) -> bool:
         """True when it is time to `spill`."""
         self._pending += chunk
-        if self._written + len(self._pending) > ANSWER_BYTES_MAX:
-            raise StoreUnavailableError(f"Valohai's answer has more than {ANSWER_BYTES_MAX} bytes")
+        limit = ANSWER_MEMORY_BYTES_MAX if self._in_memory else ANSWER_BYTES_MAX
+        if self._written + len(self._pending) > limit:
+            where = " and no disk takes it" if self._in_memory else ""
+            raise StoreUnavailableError(f"Valohai's answer has more than {limit} bytes{where}")
         return len(self._pending) >= SPILL_BYTES
 
     def spill(self) -> None:
@@ -288,6 +293,7 @@ class _Spool:
             self._file.close()
 
     def _move_to_memory(self) -> None:
+        self._in_memory = True
         memory = open(os.memfd_create("valohai-answer"), "r+b", buffering=0)  # noqa: SIM115 - closed by close()
         if self._file is not None:
             for offset in range(0, self._written, SPILL_BYTES):
