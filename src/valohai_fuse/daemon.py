@@ -21,14 +21,11 @@ import trio
 
 from valohai_fuse import errors
 from valohai_fuse.allocator import keep_freed_memory
-from valohai_fuse.engine.flights import Flights
-from valohai_fuse.engine.leases import Leases
-from valohai_fuse.engine.reader import Reader
+from valohai_fuse.assembly import open_fetching
+from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
-from valohai_fuse.engine.sizing import Sizing
-from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.handshake import MountSpec, Report, failed
-from valohai_fuse.inspection import Catalogue, Inspection
+from valohai_fuse.inspection import Catalogue, Facts, Inspection
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.tree import build
 from valohai_fuse.mount import kernel
@@ -37,14 +34,15 @@ from valohai_fuse.mount.session import Session
 from valohai_fuse.obs import control, logs
 from valohai_fuse.obs.metrics import Counts
 from valohai_fuse.obs.watchdog import Watchdog, block_signal
+from valohai_fuse.occupancy import Occupancy
+from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
-from valohai_fuse.sources import api_file, manifest_file
+from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.sources.size_probe import HttpSizeProbe
-from valohai_fuse.sources.valohai_api import ValohaiApi
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import MEMORY_BYTES_MAX, SegmentStore
+from valohai_fuse.warming import Warming
 
 log = logging.getLogger(__name__)
 
@@ -88,91 +86,44 @@ class Daemon:
                 settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, settings.readahead_total)
             )
             stack.callback(store.close)
-            nursery = await stack.enter_async_context(trio.open_nursery())
-            stack.callback(nursery.cancel_scope.cancel)
+            fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
             evictor = Evictor(
                 settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
             )
             nursery.start_soon(evictor.run)
-            pool = await stack.enter_async_context(open_pool(self._pool()))
-            api = self._api()
-            if api is not None:
-                stack.push_async_callback(api.aclose)
-            leases = Leases(
-                api,
-                nursery=nursery,
-                clock=time.time,
-                margin_s=settings.renew_margin,
-                api_path=api_file.path_in(settings.config_dir),
+            self.warming = Warming(
+                nursery,
+                self.tree,
+                spec.mountpoint,
+                lambda: fetching.prefetch(InCache(), Priority.AHEAD),
+                bytes_max=_cache_bytes_max(settings, budget),
             )
-            probe = await stack.enter_async_context(
-                HttpSizeProbe(clock=time.time, ca_file=settings.ca_file, connect_timeout_s=settings.connect_timeout)
-            )
-            sizing = Sizing(
-                nursery=nursery,
-                tree=self.tree,
-                probe=probe,
-                leases=leases,
-                metrics=self.metrics,
-                describe=catalogue.file,
-                timeout_s=settings.read_timeout,
-            )
-            flights = Flights(nursery=nursery, fetcher=pool, store=store, leases=leases, metrics=self.metrics)
-            reader = Reader(
-                store=store,
-                flights=flights,
-                metrics=self.metrics,
-                describe=catalogue.object,
-                read_timeout_s=settings.read_timeout,
-                window_bytes_max=_within_cache(settings.readahead, settings, share=8),
-                window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
+            facts = Facts(catalogue, store, spec.mountpoint)
+            occupancy = Occupancy(
+                nursery, self.tree, facts.wait_cached_bytes, lambda: self.metrics.snapshot()["fetched_bytes"]
             )
             self.inspection = Inspection(
                 spec,
-                catalogue,
-                store,
-                reader,
-                leases,
+                self.tree,
+                facts,
+                occupancy,
+                fetching.reader,
+                fetching.leases,
                 self.metrics,
                 requests_under_way=lambda: len(self.operations.under_way),
                 began_at_s=time.time(),
             )
             self.operations = Operations(
                 tree=self.tree,
-                reader=reader,
-                sizing=sizing,
-                siblings=SiblingAhead(self.tree, reader.fetch_ahead),
+                reader=fetching.reader,
+                sizing=fetching.sizing,
+                siblings=SiblingAhead(self.tree, fetching.reader.fetch_ahead),
                 metrics=self.metrics,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
-                attributes_of=self.inspection.attributes if settings.xattrs else None,
+                attributes_of=facts.attributes if settings.xattrs else None,
             )
             await self._serve(nursery, report)
-
-    def _pool(self) -> WorkerPool:
-        settings = self.settings
-        return WorkerPool(
-            metrics=self.metrics,
-            workers=settings.workers,
-            connections=settings.connections,
-            connect_timeout_s=settings.connect_timeout,
-            stall_timeout_s=settings.stall_timeout,
-            ca_file=settings.ca_file,
-        )
-
-    def _api(self) -> ValohaiApi | None:
-        """None without an api.json, which is fine until a renewal is needed."""
-        settings = self.settings
-        request = api_file.load(settings.config_dir)
-        if request is None:
-            return None
-        return ValohaiApi(
-            request,
-            clock=time.time,
-            parameter=settings.api_input_parameter,
-            ca_file=settings.ca_file,
-            connect_timeout_s=settings.connect_timeout,
-        )
 
     async def _serve(self, nursery: trio.Nursery, report: ReportPipe) -> None:
         settings, spec = self.settings, self.spec
@@ -185,7 +136,12 @@ class Daemon:
             if not kernel.tune(spec.mountpoint, readahead_bytes=settings.kernel_readahead):
                 log.info("the kernel's readahead could not be raised: large sequential reads cost more CPU")
             if spec.control_path:
-                handlers = {"status": self.inspection.status, "info": self.inspection.info, "unmount": self._on_unmount}
+                handlers = {
+                    "status": self.inspection.status,
+                    "info": self.inspection.info,
+                    "unmount": self._on_unmount,
+                    **self.warming.handlers,
+                }
                 await nursery.start(control.serve, spec.control_path, handlers)
             await nursery.start(self._watch_signals)
             watchdog = Watchdog(
@@ -258,9 +214,15 @@ def _budget(settings: Settings) -> Budget:
     return Budget(bytes_max=settings.cache_max_size, free_min_bytes=parse_bytes(wanted))
 
 
-def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
-    """Not more than a part of a small cache: what is fetched ahead must still be there when the reader comes."""
-    return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
+def _cache_bytes_max(settings: Settings, budget: Budget) -> int:
+    """What the cache can hold at the very most: its own bound, or its file system without what is to stay free."""
+    try:
+        found = os.statvfs(settings.cache_dir)
+    except OSError:
+        return budget.bytes_max or MEMORY_BYTES_MAX
+    disk = found.f_blocks * found.f_frsize
+    room = disk - max(budget.free_min_bytes, int(disk * budget.free_min_share))
+    return max(0, min(room, budget.bytes_max or room))
 
 
 def _no_local_file(path: str) -> int:
@@ -305,7 +267,8 @@ def main() -> int:
     report = ReportPipe(int(sys.argv[2]))
     settings = Settings(**spec.settings)
     subject = ",".join(spec.inputs) if not spec.as_root else "root"
-    logs.configure(settings.log_level, log_file=None if spec.log_to_stderr else settings.log_file, subject=subject)
+    log_file = None if spec.log_to_stderr else settings.log_file
+    logs.configure(settings.log_level, log_file=log_file, subject=subject, echo_level=spec.echo_level)
     block_signal()
     keep_freed_memory()
     daemon = Daemon(spec)

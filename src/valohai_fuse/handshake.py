@@ -27,6 +27,9 @@ class MountSpec(msgspec.Struct, frozen=True, kw_only=True):
     control_path: str = ""
     """Where the daemon listens for status, info and unmount (unix socket, 0600)."""
     log_to_stderr: bool = False
+    """The log goes to stderr and nowhere else."""
+    echo_level: str = ""
+    """Lines of this level and above go to stderr as well as to the log file; empty: none do."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

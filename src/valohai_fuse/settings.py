@@ -253,7 +253,12 @@ OPTIONS: tuple[Option, ...] = (
         "Name of the query parameter that names the input in Valohai's renewal request.",
     ),
     _option(
-        "log_level", "log", "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "LEVEL", "How much the log says."
+        "log_level",
+        "log",
+        "INFO",
+        _choice("DEBUG", "INFO", "WARNING", "ERROR"),
+        "LEVEL",
+        "How much the log says. `run` shows warnings on stderr besides, or as much as this says where it is given.",
     ),
     _option(
         "log_file",
@@ -261,7 +266,7 @@ OPTIONS: tuple[Option, ...] = (
         None,
         _path,
         "FILE",
-        "Where the log goes. Default: a file per mount in the runtime directory; stderr with --foreground and run.",
+        "Where the log goes. Default: a file per mount in the runtime directory; stderr with --foreground.",
     ),
 )
 """The reference page (docs/configuration.md) is generated from this; a test fails where the two differ."""
@@ -321,6 +326,11 @@ def resolve(flags: Mapping[str, str | bool | None], environ: Mapping[str, str] |
         except UsageError as error:
             raise UsageError(f"{origin}: {error.message}", hint=error.hint) from None
     return Settings(**values)
+
+
+def is_in_environment(name: str) -> bool:
+    """Whether a variable says what the setting `name` is."""
+    return any(os.environ.get(option.env) for option in OPTIONS if option.name == name)
 
 
 def _derived_default(name: str, environ: Mapping[str, str]) -> Any:

@@ -211,7 +211,7 @@ class Supervisor:
             ours.callback(os.close, spec_fd)
             ours.callback(os.close, report_w)
             stderr: int | IO[bytes] = 2
-            if not spec.log_to_stderr:
+            if not spec.log_to_stderr and not spec.echo_level:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
                     stderr = ours.enter_context(open(os.open(log_path, flags, 0o600), "wb"))
@@ -351,8 +351,10 @@ class Supervisor:
             logging.LogRecord("valohai_fuse.supervisor", level, __file__, 0, message, (), None)
         )
         with contextlib.suppress(OSError):
-            if not daemon.record.log_path:
+            spec = daemon.planned.spec
+            if spec.log_to_stderr or spec.echo_level:
                 os.write(2, line.encode() + b"\n")
+            if spec.log_to_stderr:
                 return
             with open(daemon.record.log_path, "a", encoding="utf-8") as log:
                 log.write(line + "\n")

@@ -83,7 +83,7 @@ STORE_KINDS: tuple[FaultKind, ...] = (
     _retried("stall", lambda _: faults.stall_after(1000)),
     _retried("no answer", lambda _: faults.no_answer()),
     _kind("trickle", lambda _: faults.drip(16, 0.1), RIGHT, LATE),
-    _harmless("drip", lambda _: faults.drip(16_384, 0.01)),
+    _harmless("drip", lambda _: faults.drip(65_536, 0.01)),
     _harmless("late answer", lambda _: faults.delay(0.3)),
     _harmless("close without notice", lambda _: faults.close_after()),
     _retried("DNS failure", lambda _: faults.redirect_to("http://no-such-host.invalid/x")),

@@ -26,7 +26,7 @@ from valohai_fuse.sandbox.valohai import Sandbox
 SIZE_BYTES: Final = 9_000_000
 """Two segments, so that one read of it is several orders."""
 EXTENTS: Final = ((0, 100_000), (5_000_000, 5_100_000), (SIZE_BYTES - 50_000, SIZE_BYTES))
-READ_TIMEOUT_S: Final = 4.0
+READ_TIMEOUT_S: Final = 5.0
 SLACK_S: Final = 5.0
 """A read may end this much after its deadline: the machine may be busy."""
 AT_REST_S: Final = 45.0
@@ -35,7 +35,7 @@ OPPORTUNITIES_MAX: Final = 12
 SIDE_BY_SIDE: Final = 32
 OPTIONS: Final = (
     f"--read-timeout={READ_TIMEOUT_S}",
-    "--stall-timeout=1",
+    "--stall-timeout=2",
     "--connect-timeout=2",
     "--connections=64",
     "--log-level=DEBUG",

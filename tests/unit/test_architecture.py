@@ -36,10 +36,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "obs": ADAPTER,
     "sandbox": {"model", "errors", "settings"},
     "supervisor": {"handshake", "mount", "obs", "errors", "settings"},
-    "inspection": {"handshake", "sources", "engine", "store", "obs", "ports", "model", "errors", "settings"},
+    "occupancy": {"model"},
+    "inspection": {
+        "handshake",
+        "occupancy",
+        "sources",
+        "engine",
+        "store",
+        "obs",
+        "ports",
+        "model",
+        "errors",
+        "settings",
+    },
 }
-MAY_IMPORT["daemon"] = {"mount", "inspection", "fetch", "allocator", *MAY_IMPORT["inspection"]}
-MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "supervisor", "sandbox"}
+MAY_IMPORT["warming"] = {"engine", "obs", "model", "errors"}
+MAY_IMPORT["assembly"] = {"inspection", "fetch", *MAY_IMPORT["inspection"]}
+MAY_IMPORT["downloading"] = {"assembly", *MAY_IMPORT["assembly"]}
+MAY_IMPORT["daemon"] = {"mount", "warming", "occupancy", "assembly", "allocator", *MAY_IMPORT["assembly"]}
+MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "downloading", "supervisor", "sandbox"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()
 

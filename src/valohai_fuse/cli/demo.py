@@ -151,7 +151,7 @@ class _Mounted:
 
 
 def _plan(settings: Settings) -> Plan:
-    plan = starting.make_plan(settings, (), show_all=False, root=None, to_stderr=False)
+    plan = starting.make_plan(settings, (), show_all=False, root=None)
     assert plan is not None, "the demo's inputs are on demand"
     return plan
 

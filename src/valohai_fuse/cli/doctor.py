@@ -1,44 +1,33 @@
 """`valohai-fuse doctor`: one line per thing that a mount needs, `ok`, `warn` or `FAIL`, with what to do about it.
 
-Looks only, but for two probes: a directory's writability is tried with a temporary file, and API and store are not asked (a
-GET would cost somebody's quota, and a renewal invalidates nothing that a mount would not renew itself).
+Looks only, but for three probes: a directory's writability is tried with a temporary file, Valohai's API is asked for new URLs of
+the smallest input (which a mount would ask for just so, and which makes no older URL invalid), and a store for one byte.
+`--offline` leaves the last two out.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Final
 
 import click
 
-from valohai_fuse.cli import fuse_access, output
+from valohai_fuse.cli import fuse_access, network, output
+from valohai_fuse.cli.finding import FAIL, OK, WARN, Finding
 from valohai_fuse.cli.options import verb
 from valohai_fuse.errors import ConfigurationError, FuseUnavailableError, ValohaiFuseError
 from valohai_fuse.mount import table
 from valohai_fuse.obs.redaction import redact
-from valohai_fuse.settings import Settings
+from valohai_fuse.settings import Settings, parse_bytes
 
 CACHE_FREE_BYTES_MIN: Final = 1024**3
-_OK, _WARN, _FAIL = "ok", "warn", "FAIL"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line. `exit_code` counts when it is a FAIL: 3 configuration, 4 FUSE."""
-
-    check: str
-    verdict: str
-    message: str
-    hint: str | None = None
-    exit_code: int = 0
-
-
-def examine(settings: Settings) -> list[Finding]:
+def examine(settings: Settings, *, offline: bool) -> list[Finding]:
     """Everything, in the order in which a mount would need it; messages are cut of secrets, as all that is said is."""
     parts: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
         _fuse,
@@ -47,6 +36,7 @@ def examine(settings: Settings) -> list[Finding]:
         _cache_dir,
         _tuning,
         _dead_mounts,
+        *([] if offline else [network.examine]),
     )
     findings = (finding for part in parts for finding in part(settings))
     return [replace(finding, message=redact(finding.message)) for finding in findings]
@@ -56,17 +46,17 @@ def _fuse(settings: Settings) -> Iterator[Finding]:
     try:
         fuse_access.check_device()
     except FuseUnavailableError as error:
-        yield Finding("fuse device", _FAIL, error.message, error.hint, 4)
+        yield Finding("fuse device", FAIL, error.message, error.hint, 4)
     else:
-        yield Finding("fuse device", _OK, f"{fuse_access.DEVICE} can be opened")
+        yield Finding("fuse device", OK, f"{fuse_access.DEVICE} can be opened")
     try:
         how = fuse_access.check_privilege()
     except FuseUnavailableError as error:
-        yield Finding("privilege", _FAIL, error.message, error.hint, 4)
+        yield Finding("privilege", FAIL, error.message, error.hint, 4)
         return
-    yield Finding("privilege", _OK, f"mounting is permitted through {how}")
+    yield Finding("privilege", OK, f"mounting is permitted through {how}")
     if how != "CAP_SYS_ADMIN" and not fuse_access.user_allow_other():
-        verdict = _FAIL if settings.allow_other else _OK
+        verdict = FAIL if settings.allow_other else OK
         hint = "add user_allow_other to /etc/fuse.conf"
         yield Finding("allow_other", verdict, "other users cannot be let into a mount", hint, 4)
 
@@ -80,13 +70,13 @@ def _configuration(settings: Settings) -> Iterator[Finding]:
     try:
         inputs = list_inputs(settings.config_dir)
     except ConfigurationError as error:
-        yield Finding("inputs", _FAIL, error.message, error.hint or hint, 3)
+        yield Finding("inputs", FAIL, error.message, error.hint or hint, 3)
     else:
         on_demand = [summary for summary in inputs if summary.on_demand_files]
         files = output.files_shown(sum(summary.on_demand_files for summary in on_demand))
         yield Finding(
             "inputs",
-            _OK if on_demand else _WARN,
+            OK if on_demand else WARN,
             f"{len(on_demand)} of {len(inputs)} inputs have files on demand ({files})",
         )
     yield _api_file(settings)
@@ -100,10 +90,10 @@ def _api_file(settings: Settings) -> Finding:
     try:
         request = api_file.load(settings.config_dir)
     except ValohaiFuseError as error:
-        return Finding("api.json", _FAIL, error.message, error.hint or without, 3)
+        return Finding("api.json", FAIL, error.message, error.hint or without, 3)
     if request is None:
-        return Finding("api.json", _WARN, f"{path} does not exist", without)
-    return Finding("api.json", _OK, f"{path} says how to renew URLs")
+        return Finding("api.json", WARN, f"{path} does not exist", without)
+    return Finding("api.json", OK, f"{path} says how to renew URLs")
 
 
 def _inputs_dir(settings: Settings) -> Iterator[Finding]:
@@ -111,9 +101,9 @@ def _inputs_dir(settings: Settings) -> Iterator[Finding]:
     hint = "use --root DIR to mount one tree elsewhere, or --inputs-dir DIR"
     problem = _not_writable(_nearest_existing(path))
     if problem:
-        yield Finding("inputs directory", _FAIL, f"mount points cannot be made in {path}: {problem}", hint, 3)
+        yield Finding("inputs directory", FAIL, f"mount points cannot be made in {path}: {problem}", hint, 3)
     else:
-        yield Finding("inputs directory", _OK, f"mount points can be made in {path}")
+        yield Finding("inputs directory", OK, f"mount points can be made in {path}")
 
 
 def _cache_dir(settings: Settings) -> Iterator[Finding]:
@@ -122,14 +112,20 @@ def _cache_dir(settings: Settings) -> Iterator[Finding]:
     problem = _not_writable(where)
     if problem:
         hint = "name another with --cache-dir; without a cache each remount fetches everything again"
-        yield Finding("cache directory", _WARN, f"{path} cannot be written: {problem}", hint)
+        yield Finding("cache directory", WARN, f"{path} cannot be written: {problem}", hint)
         return
-    free = shutil.disk_usage(where).free
-    few = free < CACHE_FREE_BYTES_MIN
-    message = f"{path} can be written, {output.bytes_shown(free)} free"
-    yield Finding(
-        "cache directory", _WARN if few else _OK, message, "name a larger disk with --cache-dir" if few else None
-    )
+    found = os.statvfs(where)
+    free = found.f_bavail * found.f_frsize
+    kept = settings.cache_min_free
+    total = found.f_blocks * found.f_frsize
+    usable = free - (int(total * float(kept[:-1]) / 100) if kept.endswith("%") else parse_bytes(kept))
+    hint = "name a larger disk with --cache-dir, or leave less of this one free with --cache-min-free"
+    if found.f_files and not found.f_favail:
+        yield Finding("cache directory", WARN, f"{path}: its file system has no room for another file", hint)
+        return
+    few = usable < CACHE_FREE_BYTES_MIN
+    message = f"{path} can be written, {output.bytes_shown(free)} free, of which the cache may take "
+    yield Finding("cache directory", WARN if few else OK, message + output.bytes_shown(max(0, usable)), hint)
 
 
 def _tuning(_settings: Settings) -> Iterator[Finding]:
@@ -138,17 +134,17 @@ def _tuning(_settings: Settings) -> Iterator[Finding]:
     except OSError:
         writable = False
     if writable:
-        yield Finding("kernel tuning", _OK, "/sys is writable: the kernel will ask for 1 MiB at a time")
+        yield Finding("kernel tuning", OK, "/sys is writable: the kernel will ask for 1 MiB at a time")
     else:
         hint = "no harm: sequential reads cost about twice the CPU; a privileged container has it writable"
-        yield Finding("kernel tuning", _WARN, "/sys is read-only: the kernel asks for 128 KiB at a time", hint)
+        yield Finding("kernel tuning", WARN, "/sys is read-only: the kernel asks for 128 KiB at a time", hint)
 
 
 def _dead_mounts(_settings: Settings) -> Iterator[Finding]:
     for entry in table.entries():
         if entry.is_ours and table.answers(entry.mountpoint) is False:
             hint = f"valohai-fuse unmount {entry.mountpoint}"
-            yield Finding("dead mount", _WARN, f"{entry.mountpoint} has lost its daemon", hint)
+            yield Finding("dead mount", WARN, f"{entry.mountpoint} has lost its daemon", hint)
 
 
 def _nearest_existing(path: str) -> str:
@@ -169,20 +165,22 @@ def _not_writable(directory: str) -> str | None:
 @verb(
     "doctor",
     example="valohai-fuse doctor",
-    groups=("mount",),
-    help="Say what is missing on this machine and how to get it.\n\nExit code: 0 fit, 3 configuration, 4 FUSE not usable.",
+    groups=("mount", "cache", "network"),
+    help="Say what is missing on this machine and how to get it.\n\n"
+    "Exit code: 0 fit, 1 Valohai or a store refuses or is out of reach, 3 configuration, 4 FUSE not usable.",
 )
+@click.option("--offline", is_flag=True, help="Ask neither Valohai's API nor a store.")
 @click.option("--json", "for_programs", is_flag=True, help="For programs: a list of check, verdict, message and hint.")
-def doctor(settings: Settings, for_programs: bool) -> int:
+def doctor(settings: Settings, offline: bool, for_programs: bool) -> int:
     """Examines; 0 when a mount would work, else the exit code that it would end with."""
-    findings = examine(settings)
-    code = max((finding.exit_code for finding in findings if finding.verdict == _FAIL), default=0)
+    findings = examine(settings, offline=offline)
+    code = max((finding.exit_code for finding in findings if finding.verdict == FAIL), default=0)
     if for_programs:
         output.data_json([{k: v for k, v in asdict(finding).items() if k != "exit_code"} for finding in findings])
         return code
     for finding in findings:
         padding = " " * (5 - len(finding.verdict))
         output.data(f"{output.styled(finding.verdict, sys.stdout)}{padding}{finding.check}: {finding.message}")
-        if finding.hint and finding.verdict != _OK:
+        if finding.hint and finding.verdict != OK:
             output.data(f"     hint: {finding.hint}")
     return code

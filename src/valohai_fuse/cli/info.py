@@ -1,4 +1,5 @@
-"""`valohai-fuse info`: what Valohai knows of files and directories below a mount, answered by the daemon that serves it."""
+"""`valohai-fuse info`: what Valohai knows of files and directories below a mount, answered by the daemon that serves it, and of
+those that a mount would show in the inputs directory, answered from inputs.json and the cache."""
 
 from __future__ import annotations
 
@@ -7,13 +8,12 @@ from typing import Any
 
 import click
 
-from valohai_fuse.cli import output
+from valohai_fuse.cli import mounted_paths, output
 from valohai_fuse.cli.options import verb
 from valohai_fuse.errors import UsageError
-from valohai_fuse.mount import table
 from valohai_fuse.obs.control_client import NoAnswerError, ask
 from valohai_fuse.obs.redaction import redact
-from valohai_fuse.obs.runtime_dir import MountRecord, RuntimeDir
+from valohai_fuse.obs.runtime_dir import MountRecord, RuntimeDir, is_running
 from valohai_fuse.settings import Settings
 
 _ANSWER_S = 60.0
@@ -30,15 +30,15 @@ _LABELS = (
 @verb(
     "info",
     example="valohai-fuse info /valohai/inputs/train/images/0001.png",
-    help="Show what Valohai knows of each PATH below a mount (uri, datum id, metadata), its size, and how much of it is cached; "
-    "of a directory the sums.",
+    help="Show what Valohai knows of each PATH (uri, datum id, metadata), its size, and how much of it is cached; of a directory "
+    "the sums. PATH is below a mount, or where a mount in the inputs directory would show it.",
 )
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--json", "for_programs", is_flag=True, help="For programs: a list with one object per PATH.")
 def info(settings: Settings, paths: tuple[str, ...], for_programs: bool) -> int:
-    """Shows; raises for a path that is not below a mount or not there."""
-    records = RuntimeDir(settings.runtime_dir).records()
-    answers = [_ask(records, path) for path in paths]
+    """Shows; raises for a path that no mount shows or would show."""
+    records = [record for record in RuntimeDir(settings.runtime_dir).records() if is_running(record)]
+    answers = [_ask(settings, records, path) for path in paths]
     if for_programs:
         output.data_json(answers)
         return 0
@@ -49,30 +49,35 @@ def info(settings: Settings, paths: tuple[str, ...], for_programs: bool) -> int:
     return 0
 
 
-def _ask(records: list[MountRecord], path: str) -> dict[str, Any]:
-    absolute = os.path.abspath(path)
-    # The path is asked as it is written first: resolving it would touch the mount for each of its components.
-    found = _record_of(records, absolute) or _record_of(records, os.path.realpath(absolute))
+def _ask(settings: Settings, records: list[MountRecord], path: str) -> dict[str, Any]:
+    found = mounted_paths.find(records, path)
     if found is None:
-        entry = table.containing(os.path.realpath(absolute))
-        where = f"on {entry.file_system_type}" if entry is not None else "nowhere"
-        raise UsageError(
-            f"{path} is not below a mount of valohai-fuse but {where}", hint="valohai-fuse status shows the mounts"
-        )
+        return {**_offline(settings, path), "path": os.path.abspath(path)}
     record, inside = found
     try:
         answer = ask(record.control_path, "info", timeout_s=_ANSWER_S, path=inside)
     except NoAnswerError as error:
         raise UsageError(f"{path}: {error.message}", hint="valohai-fuse status says how the mount is doing") from None
-    return {**answer, "path": absolute}
+    return {**answer, "path": os.path.abspath(path)}
 
 
-def _record_of(records: list[MountRecord], absolute: str) -> tuple[MountRecord, str] | None:
-    """The innermost mount that holds the path, and the path inside it."""
-    for record in sorted(records, key=lambda r: -len(r.mountpoint)):
-        if absolute == record.mountpoint or absolute.startswith(record.mountpoint + "/"):
-            return record, absolute[len(record.mountpoint) :].strip("/")
-    return None
+def _offline(settings: Settings, path: str) -> dict[str, Any]:
+    """From inputs.json and the cache. Raises UsageError for a path outside of the inputs directory, ConfigurationError."""
+    import trio
+
+    from valohai_fuse.inspection import offline
+    from valohai_fuse.sources.manifest_file import list_inputs
+
+    inside = os.path.relpath(os.path.realpath(os.path.abspath(path)), os.path.realpath(settings.inputs_dir))
+    top = inside.partition("/")[0]
+    if top in {".", ".."}:
+        raise mounted_paths.not_ours(path)
+    if top not in {summary.name for summary in list_inputs(settings.config_dir)}:
+        raise UsageError(
+            f"{path} is below no mount, and there is no input {top!r}", hint="valohai-fuse status shows the mounts"
+        )
+    with offline(settings, (top,)) as facts:
+        return trio.run(facts.info, inside)
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -40,6 +40,8 @@ VERBS: Final = {
     "unmount": ("unmounting:unmount", "Unmount inputs, also dead ones."),
     "status": ("status:status", "Show what is mounted and how it is doing."),
     "info": ("info:info", "Show what Valohai knows of a file and how much of it is cached."),
+    "prefetch": ("prefetching:prefetch", "Fetch files or directories into the cache."),
+    "download": ("downloading:download", "Download inputs as ordinary files, without FUSE."),
     "cache": ("cache:cache", "Look after the block cache: info, verify, prune, clear, export."),
     "doctor": ("doctor:doctor", "Say what is missing on this machine, and how to get it."),
     "demo": ("demo:demo", "See it work without a Valohai account."),

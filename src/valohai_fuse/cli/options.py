@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from valohai_fuse.settings import OPTIONS, Group, Option, Settings, resolve
+from valohai_fuse.settings import OPTIONS, Group, Option, Settings, is_in_environment, resolve
 
 TITLES: dict[Group, str] = {
     "location": "Locations",
@@ -103,6 +103,12 @@ def _with_parameter(function: Callable[..., int | None], option: click.Option) -
     declared: list[click.Parameter] = getattr(function, "__click_params__", [])
     function.__click_params__ = [option, *declared]  # type: ignore[attr-defined] # how click's own decorators keep them
     return function
+
+
+def was_given(name: str) -> bool:
+    """Whether a flag of the running command or its variable says what the setting `name` is; else it is the default."""
+    flag = click.get_current_context().params.get(name)
+    return flag is not None or is_in_environment(name)
 
 
 def effective_settings() -> Settings | None:

@@ -16,8 +16,9 @@ from typing import Final
 import click
 
 from valohai_fuse import settings as environment
-from valohai_fuse.cli import output, starting, unmounting
-from valohai_fuse.cli.options import ALL_GROUPS, verb
+from valohai_fuse.cli import downloading, output, starting, unmounting
+from valohai_fuse.cli.options import ALL_GROUPS, verb, was_given
+from valohai_fuse.errors import FuseUnavailableError
 from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.settings import Settings
 from valohai_fuse.supervisor import Plan
@@ -48,23 +49,36 @@ _PASSED_ON: Final = frozenset(
     "--all", "show_all", is_flag=True, help="Also mount inputs whose files are on the disk already (download: always)."
 )
 @click.option("--root", metavar="DIR", help="Mount one tree at DIR with every input as a top directory.")
+@click.option(
+    "--fallback",
+    type=click.Choice(["download"]),
+    help="Where FUSE cannot be used: download everything first, then run CMD.",
+)
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     settings: Settings,
     inputs: tuple[str, ...],
     show_all: bool,
     root: str | None,
+    fallback: str | None,
     command: tuple[str, ...],
 ) -> int:
     """Runs `command` over the mounts; its exit status."""
-    running = None
-    with RuntimeDir(settings.runtime_dir).starting():
-        plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, to_stderr=True)
-        if plan is None:
-            output.say(f"nothing to mount: no input in {settings.config_dir} has files on demand")
-        else:
-            running = starting.start(plan, with_lifeline=True, to_stderr=True)
-            starting.announce(plan, running.reports)
+    plan, running = None, None
+    try:
+        with RuntimeDir(settings.runtime_dir).starting():
+            plan = starting.make_plan(settings, inputs, show_all=show_all, root=root, echo_level=_echo_level(settings))
+            if plan is None:
+                output.say(f"nothing to mount: no input in {settings.config_dir} has files on demand")
+            else:
+                running = starting.start(plan, with_lifeline=True, to_stderr=True)
+                starting.announce(plan, running.reports)
+    except FuseUnavailableError as error:
+        if fallback is None:
+            raise
+        code = _download(settings, inputs, error, show_all=show_all, target=root)
+        if code:
+            return code
     locations = {"VH_CONFIG_DIR": settings.config_dir, "VH_INPUTS_DIR": settings.inputs_dir}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
     try:
@@ -73,6 +87,25 @@ def run(
         if running is not None and plan is not None:
             _unmount(running, plan)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _download(
+    settings: Settings, names: tuple[str, ...], why: FuseUnavailableError, *, show_all: bool, target: str | None
+) -> int:
+    """Fetches what would have been mounted to where it would have been seen; 0 when all of it is there."""
+    from valohai_fuse.sources.manifest_file import list_inputs
+
+    chosen = starting.choose(list_inputs(settings.config_dir), names, show_all=show_all)
+    output.warning(f"{why.message}; downloading instead")
+    code = downloading.fetch(settings, [summary.name for summary in chosen], target)
+    if code:
+        output.error("not everything is there: the command was not run")
+    return code
+
+
+def _echo_level(settings: Settings) -> str:
+    """What of the log stands between the command's own lines on stderr: warnings, or what was asked for."""
+    return settings.log_level if was_given("log_level") and settings.log_file is None else "WARNING"
 
 
 def _run_to_end(command: tuple[str, ...], locations: dict[str, str], mask: set[signal.Signals | int]) -> int:

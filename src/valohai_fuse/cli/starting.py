@@ -59,7 +59,13 @@ def _is_safe_component(name: str) -> bool:
 
 
 def make_plan(
-    settings: Settings, names: Sequence[str], *, show_all: bool, root: str | None, to_stderr: bool
+    settings: Settings,
+    names: Sequence[str],
+    *,
+    show_all: bool,
+    root: str | None,
+    to_stderr: bool = False,
+    echo_level: str = "",
 ) -> Plan | None:
     """What to bring up, with the mount points made and dead mounts of ours at them removed; None when there is nothing.
 
@@ -100,6 +106,7 @@ def make_plan(
                     as_root=root is not None,
                     control_path=runtime.file(mount_id(mountpoint), "sock"),
                     log_to_stderr=to_stderr and settings.log_file is None,
+                    echo_level=echo_level,
                 ),
                 made_directories=tuple(d for d in made if mountpoint == d or mountpoint.startswith(d + "/")),
             )

@@ -60,6 +60,7 @@ class Flight:
         "priority",
         "scope",
         "turn",
+        "urgent",
         "waiters",
     )
 
@@ -76,6 +77,8 @@ class Flight:
         self.waiters: list[tuple[int, trio.Event]] = []
         self.deadline = 0.0
         """Trio time until which somebody waits; in the past when nobody does."""
+        self.urgent = False
+        """A read waits for it: it goes before everything that is only fetched ahead."""
         self.scope = trio.CancelScope()
 
     @property
@@ -102,12 +105,12 @@ class Flight:
         self._check(upto)
 
     def want(self, deadline: float) -> None:
-        """A reader needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
+        """Somebody needs bytes of this flight and has until `deadline` (trio time): worth retrying until then."""
         self.deadline = max(self.deadline, deadline)
 
     @property
     def wanted(self) -> bool:
-        """Whether a reader needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
+        """Whether somebody needed bytes of it: a failure is then news, otherwise only readahead that went nowhere."""
         return self.deadline > 0
 
     @property
@@ -181,8 +184,9 @@ class Flights:
         return [flight for flight in obj.flights if flight.coming.overlaps(extent)]
 
     def want(self, flight: Flight, deadline: float) -> None:
-        """A reader needs bytes of this flight and has until `deadline` (trio time)."""
+        """A read needs bytes of this flight and has until `deadline` (trio time): it overtakes what nobody reads yet."""
         flight.want(deadline)
+        flight.urgent = True
         if flight.order is not None and flight.order.priority is Priority.AHEAD:
             self._fetcher.promote(flight.order)
 
@@ -278,8 +282,9 @@ class Flights:
                     obj.adopt(message.version)
                 flight.advance(min(message.upto, flight.extent.stop))
 
-        priority = Priority.DEMAND if flight.wanted else flight.priority
-        async with self._store.landing(obj.key, flight.coming, ahead=priority is Priority.AHEAD) as path:
+        priority = Priority.DEMAND if flight.urgent else flight.priority
+        ahead = priority is Priority.AHEAD and not flight.wanted
+        async with self._store.landing(obj.key, flight.coming, ahead=ahead) as path:
             if path is None:
                 return  # no room for what nobody waits for
             order = FetchOrder(
@@ -288,7 +293,7 @@ class Flights:
                 lease=lease,
                 expect_version=obj.version,
                 segment_path=path,
-                priority=Priority.DEMAND if flight.wanted else priority,
+                priority=Priority.DEMAND if flight.urgent else priority,
                 awaited_upto=flight.awaited_upto,
                 turn=flight.turn,
             )

@@ -240,13 +240,15 @@ class Reader:
             if extent:
                 self._begin_ahead(obj, extent)
 
+    def gaps(self, obj: RemoteObject, wanted: Extent) -> list[Extent]:
+        """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known."""
+        if not self._version_known(obj, wanted.start):
+            return [wanted]
+        assert obj.version is not None
+        return self._store.missing(obj.key, obj.version, wanted)
+
     def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
-        if self._version_known(obj, wanted.start):
-            assert obj.version is not None
-            gaps = self._store.missing(obj.key, obj.version, wanted)
-        else:
-            gaps = [wanted]
-        for gap in gaps:
+        for gap in self.gaps(obj, wanted):
             self._metrics.count("ahead_bytes", len(gap))
             self._flights.begin(obj, gap, Priority.AHEAD)
 

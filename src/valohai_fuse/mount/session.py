@@ -7,10 +7,12 @@ mount is detached lazily and the session closed: readers that are left get an er
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Iterator, Sequence
 
 import pyfuse3
 import trio
@@ -28,6 +30,13 @@ TASKS_IDLE = 8
 
 POLL_S = 0.1
 
+_SAID_BYTES_MAX = 4096
+_NOT_PERMITTED = ("Operation not permitted", "Permission denied", "/dev/fuse", "device not found", "exec fusermount3")
+_ASK = (
+    "grant the container CAP_SYS_ADMIN and /dev/fuse, and lift AppArmor's or seccomp's ban on mount; `valohai-fuse doctor` says "
+    "more, `run --fallback download` and `download` do without"
+)
+
 
 class Session:
     """One mount, from `mount` to `close`."""
@@ -44,12 +53,18 @@ class Session:
         options = {"ro", "nosuid", "nodev", "default_permissions", "subtype=valohai-fuse", f"fsname={_option(source)}"}
         if allow_other:
             options.add("allow_other")
-        try:
-            pyfuse3.init(self._operations, self.mountpoint, options)
-        except RuntimeError as error:
-            raise errors.MountFailedError(
-                f"{self.mountpoint}: {error}", hint="`valohai-fuse doctor` says what is missing on this machine"
-            ) from None
+        with _libfuse_heard() as said:
+            try:
+                pyfuse3.init(self._operations, self.mountpoint, options)
+            except RuntimeError as error:
+                said.append(str(error))
+                failed = True
+            else:
+                failed = False
+        if failed:
+            raise mount_error(self.mountpoint, said)
+        for line in said:
+            log.warning("libfuse: %s", line)
 
     async def serve(self) -> None:
         """Answers the kernel until the mount is gone or `close` is called."""
@@ -99,6 +114,35 @@ class Session:
         if not self.ended.is_set():
             pyfuse3.terminate()
             self._serving.cancel()
+
+
+@contextlib.contextmanager
+def _libfuse_heard() -> Iterator[list[str]]:
+    """Collects, by the end of the block, the lines that libfuse and fusermount3 write to stderr in it, before what the block
+    adds itself. They say the reason of a failure nowhere else. Nothing else may run meanwhile."""
+    said: list[str] = []
+    heard, before = os.memfd_create("libfuse"), os.dup(2)
+    try:
+        os.dup2(heard, 2)
+        yield said
+    finally:
+        os.dup2(before, 2)
+        lines = os.pread(heard, _SAID_BYTES_MAX, 0).decode(errors="replace").splitlines()
+        said[:0] = [line.strip() for line in lines if line.strip()]
+        os.close(heard)
+        os.close(before)
+
+
+def mount_error(mountpoint: str, said: Sequence[str]) -> errors.ValohaiFuseError:
+    """What a failed mount means. `said`: libfuse's and fusermount3's lines, the first of which has the reason, and last what
+    pyfuse3 makes of it, which is the same for all."""
+    reason = re.sub(r"^(fuse|fusermount3): ", "", said[0])
+    about_mountpoint = mountpoint in reason or "mountpoint" in reason or "mount point" in reason
+    if not about_mountpoint and any(word in reason for word in _NOT_PERMITTED):
+        return errors.FuseUnavailableError(f"{mountpoint}: mounting is refused: {reason}", hint=_ASK)
+    return errors.MountFailedError(
+        f"{mountpoint}: {reason}", hint="`valohai-fuse doctor` says what is missing on this machine"
+    )
 
 
 def _option(text: str) -> str:

@@ -51,10 +51,11 @@ class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
         )
 
 
-def configure(level: str, *, log_file: str | None, subject: str = "") -> None:
+def configure(level: str, *, log_file: str | None, subject: str = "", echo_level: str = "") -> None:
     """Sends all logging of this process to `log_file`, or to stderr when it is None or cannot be opened.
 
-    `level` is a name of `logging`; `subject` says which input or mount the lines are about. May be called again.
+    `level` is a name of `logging`; `subject` says which input or mount the lines are about; with `echo_level` what is at least
+    that goes to stderr beside the file. May be called again.
     """
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -70,8 +71,14 @@ def configure(level: str, *, log_file: str | None, subject: str = "") -> None:
         )
     except OSError as error:
         handler, problem = logging.StreamHandler(sys.stderr), error
-    handler.setFormatter(LineFormatter(subject))
-    root.addHandler(handler)
+    handlers = [handler]
+    if echo_level and isinstance(handler, _PrivateFileHandler):
+        echo = logging.StreamHandler(sys.stderr)
+        echo.setLevel(echo_level)
+        handlers.append(echo)
+    for handler in handlers:
+        handler.setFormatter(LineFormatter(subject))
+        root.addHandler(handler)
     root.setLevel(level)
     logging.raiseExceptions = False
     for name in _CHATTY:

@@ -57,6 +57,8 @@ class HttpSizeProbe:
         connect_timeout_s: float = 10.0,
         answer_timeout_s: float = 30.0,
     ) -> None:
+        self.server_date_s: float | None = None
+        """What the latest answer said of the time, by its store's clock (epoch seconds)."""
         self._clock = clock
         self._limiter = trio.CapacityLimiter(PROBES_MAX)
         self._client = http.client(
@@ -115,6 +117,7 @@ class HttpSizeProbe:
 
     async def _size_in(self, response: httpx.Response, url: str) -> int | str:
         status, headers = response.status_code, response.headers
+        self.server_date_s = parse_http_date(headers.get("date"))
         if status == 200:
             return _size_of_whole(
                 response, url

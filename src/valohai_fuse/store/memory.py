@@ -65,6 +65,10 @@ class MemorySegments:
             self._segments[key, index] = opened
         return f"/proc/{os.getpid()}/fd/{opened.fd}"
 
+    def discard(self, key: ObjectKey, index: int) -> None:
+        """Forgets one, if it is here."""
+        self._segments.pop((key, index), None)
+
     def clear(self) -> None:
         """Forgets all of them."""
         self._segments.clear()

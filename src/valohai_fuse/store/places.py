@@ -167,6 +167,14 @@ class Places:
         with self._lock:
             self._opened.pop(place, None)
 
+    def discard(self, place: Place) -> None:
+        """Removes the segment; who reads it now still has its bytes. Raises nothing: at worst it stays."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path(place))
+        with self._lock:
+            self._opened.pop(place, None)
+            self._memory.discard(*place)
+
     def listed(self, key: ObjectKey) -> list[int]:
         """Indexes of the object's segments that exist, by one listing; anything on the disk that is in the way is none."""
         fan_out, name = os.path.split(self.path((key, 0)))

@@ -298,6 +298,10 @@ class SegmentStore:
             if any(entries[block] for entries in tables)
         )
 
+    def discard(self, key: ObjectKey, offset: int) -> None:
+        """Removes the segment that holds byte `offset`: its bytes are somewhere else by now. May run in a thread."""
+        self._places.discard((key, offset // SEGMENT_BYTES))
+
     # --- where to land ------------------------------------------------------------------------------------------------
 
     def segment_path(self, key: ObjectKey, offset: int) -> str:
