@@ -63,7 +63,7 @@ class Rounds:
         """`count` rounds; each begins with an empty cache, or every third time with what the last one left."""
         for number in range(count):
             if number % 3 != 2:
-                upkeep.clear(self._mounted.cache_dir)
+                self._empty()
             with self._load():
                 if number % 3 != 2:
                     wait_until("something lands", self._has_landed, timeout_s=60)
@@ -74,9 +74,19 @@ class Rounds:
             self.partial_rounds += bool(cache_damage.partial_files(self._mounted.cache_dir))
             self.torn_rounds += bool(cache_damage.torn_files(self._mounted.cache_dir))
             self._aftermath(self._mounted.cache_dir, self._chance)
-            again = self._mounted.mount()
-            assert again.returncode == 0, f"round {number}: {again.stderr}"
+            self._remount()
             self._compare(number)
+
+    def _empty(self) -> None:
+        """Without a mount meanwhile: its pages in the kernel would answer readers although the cache is empty."""
+        unmounted = self._mounted.unmount()
+        assert unmounted.returncode == 0, unmounted.stderr
+        upkeep.clear(self._mounted.cache_dir)
+        self._remount()
+
+    def _remount(self) -> None:
+        again = self._mounted.mount()
+        assert again.returncode == 0, again.stderr
 
     @contextlib.contextmanager
     def _load(self) -> Iterator[None]:
