@@ -68,7 +68,12 @@ async def open_fetching(
         api_path=api_file.path_in(settings.config_dir),
     )
     probe = await stack.enter_async_context(
-        HttpSizeProbe(clock=time.time, ca_file=settings.ca_file, connect_timeout_s=settings.connect_timeout)
+        HttpSizeProbe(
+            clock=time.time,
+            ca_file=settings.ca_file,
+            connect_timeout_s=settings.connect_timeout,
+            answer_timeout_s=settings.stall_timeout,
+        )
     )
     sizing = Sizing(
         nursery=nursery,
