@@ -190,6 +190,9 @@ class Supervisor:
             return True
         if not any(d.report and d.report.error for d in self._daemons) and self._daemons:
             self._daemons[0].report = Report(error="MountFailedError", message="interrupted")
+        for daemon in self._daemons:
+            # Taken back for another's failure: no error of its own, for the error told first must be the cause.
+            daemon.report = daemon.report or Report(message="taken back")
         self._give_up()
         return False
 
