@@ -226,7 +226,7 @@ OPTIONS: tuple[Option, ...] = (
         "0",
         _count(0, 64),
         "N",
-        "Fetch processes per mount at the most; 0: half as many as processors, 4 at the most.",
+        "Fetch processes per mount at the most; 0: as many as processors, 4 at the most.",
     ),
     _option("connections", "network", "32", _count(1, 512), "N", "Requests under way per mount at the most."),
     _option("connect_timeout", "network", "10", parse_seconds, "SECONDS", "For a connection to a store or the API."),

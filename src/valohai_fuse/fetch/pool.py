@@ -94,14 +94,14 @@ class WorkerPool:
         ca_file: str | None = None,
         idle_s: float = 60,
     ) -> None:
-        """`workers` 0: half as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
+        """`workers` 0: as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
 
         Raises ConfigurationError when `ca_file` cannot be read.
         """
         if ca_file is not None and not os.access(ca_file, os.R_OK):
             raise ConfigurationError(f"cannot read the certificate authorities in {ca_file}", hint="check --ca-file")
         self._metrics = metrics
-        self._workers_max = workers or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        self._workers_max = workers or min(4, len(os.sched_getaffinity(0)))
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._idle_s = idle_s

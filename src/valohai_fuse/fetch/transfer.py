@@ -26,7 +26,7 @@ from valohai_fuse.model import peers
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
-LAND_BYTES: Final = 1024 * 1024
+LAND_BYTES: Final = 256 * 1024
 LAND_INTERVAL_S: Final = 0.003
 PATIENT_INTERVAL_S: Final = 0.02
 """The same for an order that nobody waits for (yet)."""
