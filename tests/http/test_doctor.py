@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def test_doctor_tells_a_wrong_clock(own_directories: Path, skew_s: float, words:
         found = findings(sandbox)
         assert found["clock"]["verdict"] == "warn"
         assert words in found["clock"]["message"]
-        assert "3600 s" in found["clock"]["message"] or "3599 s" in found["clock"]["message"]
+        said_s = re.search(r"is (\d+) s", found["clock"]["message"])
+        assert said_s is not None
+        assert abs(int(said_s[1]) - abs(skew_s)) <= 10, "a busy machine may take a while between two clocks"
 
 
 def test_doctor_tells_a_disk_without_room(own_directories: Path) -> None:
