@@ -112,7 +112,7 @@ def test_cancelling_keeps_what_has_landed_and_ends_the_flights() -> None:
         tree = tree_of(rig)
         async with trio.open_nursery() as nursery:
             prefetch = prefetch_of(rig, nursery, tree, pieces_max=2)
-            with trio.move_on_after(10.5) as scope:
+            with trio.move_on_after(10.53) as scope:  # between two blocks: at one, who goes first is left to chance
                 await prefetch.run([rig.inode("big")])
             assert scope.cancelled_caught
             await trio.testing.wait_all_tasks_blocked()
