@@ -32,6 +32,7 @@ __all__ = [
     "Fetcher",
     "FileRef",
     "Landed",
+    "LandingPlace",
     "Lease",
     "Metrics",
     "NotHere",
@@ -140,11 +141,14 @@ class FetchOrder:
     """A reader waits for everything below; 0: nobody waits yet. Worth landing and telling at once when it is there."""
     turn: int = 0
     """Among orders of one priority the lowest goes first."""
+    staging_path: str = ""
+    """Where the blocks land first, in memory, for readers to find them there; `segment_path` gets them behind the readers'
+    backs, or not at all if its disk cannot keep up. "": they land at `segment_path` itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """Everything of the order below `upto` is in the segment file, verified by hash entries, readable by anyone."""
+    """Everything of the order below `upto` is in the segment file (or its staging), verified by hash entries, readable."""
 
     upto: int
     version: Version
@@ -162,6 +166,10 @@ class Fetched:
     new_connection: bool
     disk_wait_s: float = 0.0
     """How long landing it waited for the disk."""
+    is_kept: bool = True
+    """Whether all of it is at `segment_path`; False only for a staged order."""
+    disk_error: str = ""
+    """Why it is not, if the disk refused it; "" when the disk was only too slow."""
 
 
 class Fetcher(Protocol):
@@ -195,6 +203,14 @@ COLD: Final = NotHere.COLD
 FOREIGN: Final = NotHere.FOREIGN
 
 
+@dataclass(frozen=True, slots=True)
+class LandingPlace:
+    """Where one fetch lands; the fields are those of `FetchOrder`."""
+
+    segment_path: str
+    staging_path: str = ""
+
+
 class BlockStore(Protocol):
     """Blocks on disk. What it returns was verified on this very read; absence is normal at any moment; nothing raises on a
     sick disk, it is absence (and a WARNING)."""
@@ -207,9 +223,10 @@ class BlockStore(Protocol):
         """The same, waiting for the disk in a thread where it must; never answers COLD."""
         ...
 
-    def missing(self, key: ObjectKey, version: Version, extent: Extent) -> list[Extent]:
+    def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """The block-aligned parts of `extent` that are not present, merged and ascending. By the tables only, without
-        verification; a wrong guess costs a fetch or a retry, never a wrong byte."""
+        verification; a wrong guess costs a fetch or a retry, never a wrong byte. `to_keep`: what is only staged, on its way
+        to the disk at best, does not count as present."""
         ...
 
     def version(self, key: ObjectKey, offset: int) -> Version | None:
@@ -220,14 +237,21 @@ class BlockStore(Protocol):
         """Where a worker lands the segment that holds byte `offset`; directories made as needed."""
         ...
 
-    def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AbstractAsyncContextManager[str | None]:
-        """`segment_path` for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is
-        taken before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for
-        (`ahead`); what somebody waits for gets a place in any case."""
+    def landing(
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+    ) -> AbstractAsyncContextManager[LandingPlace | None]:
+        """The place for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is taken
+        before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for (`ahead`);
+        what somebody waits for gets a place in any case. `staged`: somebody is about to read it, once; the store may
+        choose a place with staging."""
         ...
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
         """A fetch has landed that much and waited that long for the disk: one that holds fetches up is used less."""
+        ...
+
+    def note_passed_by(self, byte_count: int) -> None:
+        """So much was staged and never written, because the disk could not keep up."""
         ...
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:

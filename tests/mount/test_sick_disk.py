@@ -26,6 +26,11 @@ def slow(fd, data, offset):
         time.sleep(len(data) / 20e6)
     fast(fd, data, offset)
 landing.write_all = slow
+directly = landing._write_directly
+def slow_directly(fd, data, offset):
+    time.sleep(len(data) / 20e6)
+    return directly(fd, data, offset)
+landing._write_directly = slow_directly
 """
 
 

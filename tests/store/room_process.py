@@ -31,10 +31,10 @@ async def main(cache_dir: str, bytes_max: int, seed: int, count: int) -> int:
     async def land() -> None:
         nonlocal on_disk
         async for key in receive:
-            async with store.landing(key, Extent(0, key.size), ahead=False) as path:
-                assert path is not None
-                on_disk += not is_memory_path(path)
-                with SegmentWriter(path, key, 0, "v") as writer:
+            async with store.landing(key, Extent(0, key.size), ahead=False) as place:
+                assert place is not None
+                on_disk += not is_memory_path(place.segment_path)
+                with SegmentWriter(place.segment_path, key, 0, "v") as writer:
                     for at in range(0, key.size, BLOCK_BYTES):
                         writer.land(at, bytes(BLOCK_BYTES))
                         await trio.lowlevel.checkpoint()

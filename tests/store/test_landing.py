@@ -12,6 +12,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store import landing
 from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.store.opened import OpenSegment
 
 SIZE = SEGMENT_BYTES + 3 * BLOCK_BYTES + 7
 KEY = ObjectKey("datum:x", SIZE)
@@ -194,7 +195,10 @@ def memory_path(fd: int) -> str:
 
 
 def memfd(key: ObjectKey = KEY, index: int = 0) -> int:
-    return os.memfd_create(landing.memory_name(segment.object_digest(key.stable_id, key.size).hex(), index))
+    """As `store.memory` makes one."""
+    fd = os.memfd_create(landing.MEMORY_NAME)
+    os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
+    return fd
 
 
 def test_landing_in_memory(path: str) -> None:
@@ -217,6 +221,52 @@ def test_another_version_takes_the_memory_over() -> None:
     os.close(fd)
 
 
+DIRECT = ObjectKey("datum:large", SEGMENT_BYTES + 3 * BLOCK_BYTES + 5)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, SEGMENT_BYTES), (BLOCK_BYTES, 17 * BLOCK_BYTES), (0, BLOCK_BYTES)])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_landed_in_memory_is_copied_to_the_same_file(
+    path: str, start: int, stop: int, *, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole segments, parts, with and without the page cache: the file is as if it had been landed in."""
+    if not direct:
+        monkeypatch.setattr(landing, "_write_directly", lambda *_: 0)
+    data = os.urandom(stop - start)
+    fd = memfd(DIRECT)
+    with SegmentWriter(memory_path(fd), DIRECT, 0, "v") as writer:
+        writer.land(start, data)
+        writer.copy_out(path, DIRECT, "v", start, stop)
+    with SegmentWriter(path + "2", DIRECT, 0, "v") as writer:
+        writer.land(start, data)
+    assert Path(path).read_bytes() == Path(path + "2").read_bytes()
+    os.close(fd)
+
+
+def test_the_end_of_an_object_is_copied_although_it_is_no_whole_page(path: str) -> None:
+    data = os.urandom(3 * BLOCK_BYTES + 5)
+    fd = memfd(DIRECT, 1)
+    with SegmentWriter(memory_path(fd), DIRECT, 1, "v") as writer:
+        writer.land(SEGMENT_BYTES, data)
+        writer.copy_out(path, DIRECT, "v", SEGMENT_BYTES, DIRECT.size)
+    assert Path(path).read_bytes()[segment.DATA_OFFSET :] == data
+    os.close(fd)
+
+
+def test_memory_that_was_spoilt_meanwhile_does_not_verify_in_the_file(path: str) -> None:
+    """A segment's memory is used again while its blocks are still being written: they are absent, never wrong."""
+    fd = memfd(DIRECT)
+    with SegmentWriter(memory_path(fd), DIRECT, 0, "v") as writer:
+        writer.land(0, bytes(2 * BLOCK_BYTES))
+        os.pwrite(fd, b"another", segment.DATA_OFFSET + BLOCK_BYTES + 17)
+        writer.copy_out(path, DIRECT, "v", 0, 2 * BLOCK_BYTES)
+    opened = OpenSegment.open(path, DIRECT, 0, never_waits=False)
+    contents = opened.refresh(nowait=False)
+    assert contents is not None
+    assert opened.read_blocks(contents, 0, memoryview(bytearray(2 * BLOCK_BYTES)), nowait=False) == 1
+    os.close(fd)
+
+
 def test_a_descriptor_that_means_something_else_by_now_is_not_written_to(tmp_path: Path) -> None:
     """The daemon dropped the segment and its number went to a log file, or to the memory of another segment."""
     victim = tmp_path / "daemon.log"
@@ -227,6 +277,6 @@ def test_a_descriptor_that_means_something_else_by_now_is_not_written_to(tmp_pat
         with pytest.raises(OSError, match="memory segment is gone"):
             SegmentWriter(memory_path(fd), KEY, 0, "v")
     assert victim.read_bytes() == b"log\n"
-    assert os.fstat(other).st_size == 0
+    assert os.pread(other, 10**6, 0) == segment.encode_header(KEY.stable_id, KEY.size, 1, "") + segment.EMPTY_TABLE
     os.close(log)
     os.close(other)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor
-from valohai_fuse.ports import ABSENT, COLD, FOREIGN, FetchOrder, NotHere, ObjectKey, Version
+from valohai_fuse.ports import ABSENT, COLD, FOREIGN, FetchOrder, LandingPlace, NotHere, ObjectKey, Version
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class FakeBlockStore:
         base = block_floor(extent.start)
         return b"".join(parts)[extent.start - base : stop - base]
 
-    def missing(self, key: ObjectKey, version: Version, extent: Extent) -> list[Extent]:
+    def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """See `ports.BlockStore`."""
         gaps: list[Extent] = []
         if extent.start >= min(extent.stop, key.size):
@@ -142,18 +142,23 @@ class FakeBlockStore:
         return path
 
     @contextlib.asynccontextmanager
-    async def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AsyncIterator[str | None]:
+    async def landing(
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+    ) -> AsyncIterator[LandingPlace | None]:
         """See `ports.BlockStore`; there is room unless `full`."""
         if self.full and ahead:
             yield None
             return
         self.landings += 1
         try:
-            yield self.segment_path(key, extent.start)
+            yield LandingPlace(self.segment_path(key, extent.start))
         finally:
             self.landings -= 1
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
+        """See `ports.BlockStore`."""
+
+    def note_passed_by(self, byte_count: int) -> None:
         """See `ports.BlockStore`."""
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:

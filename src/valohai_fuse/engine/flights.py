@@ -59,13 +59,18 @@ class Flight:
         "over",
         "priority",
         "scope",
+        "staged",
         "turn",
         "urgent",
         "waiters",
     )
 
-    def __init__(self, obj: RemoteObject, extent: Extent, priority: Priority, turn: int) -> None:
+    def __init__(
+        self, obj: RemoteObject, extent: Extent, priority: Priority, turn: int, *, staged: bool = False
+    ) -> None:
         self.turn = turn
+        self.staged = staged
+        """Readers want it, the cache gets what its disk can take; otherwise it is fetched for the cache's sake."""
         self.order: FetchOrder | None = None
         """What the fetcher has of it now."""
         self.object = obj
@@ -167,12 +172,15 @@ class Flights:
         self.idle: Callable[[RemoteObject], None] | None = None
         """Told of each object whose last flight has ended."""
 
-    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority) -> None:
-        """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store."""
+    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False) -> None:
+        """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store.
+
+        `staged`: as in `BlockStore.landing`.
+        """
         for gap in self._gaps(obj, wanted):
             for part in split_by_segment(gap):
                 self._turn += 1
-                flight = Flight(obj, part, priority, self._turn)
+                flight = Flight(obj, part, priority, self._turn, staged=staged)
                 obj.flights.append(flight)
                 self.active += 1
                 self.active_bytes += len(part)
@@ -284,15 +292,16 @@ class Flights:
 
         priority = Priority.DEMAND if flight.urgent else flight.priority
         ahead = priority is Priority.AHEAD and not flight.wanted
-        async with self._store.landing(obj.key, flight.coming, ahead=ahead) as path:
-            if path is None:
+        async with self._store.landing(obj.key, flight.coming, ahead=ahead, staged=flight.staged) as place:
+            if place is None:
                 return  # no room for what nobody waits for
             order = FetchOrder(
                 key=obj.key,
                 extent=flight.coming,
                 lease=lease,
                 expect_version=obj.version,
-                segment_path=path,
+                segment_path=place.segment_path,
+                staging_path=place.staging_path,
                 priority=Priority.DEMAND if flight.urgent else priority,
                 awaited_upto=flight.awaited_upto,
                 turn=flight.turn,
@@ -300,13 +309,22 @@ class Flights:
             flight.order = order
             try:
                 fetched: Fetched = await self._fetcher.fetch(order, landed)
-                self._store.note_landed(len(order.extent), fetched.disk_wait_s)
+                self._note_kept(order, fetched)
             finally:
                 flight.order = None
         if obj.generation != generation:
             raise errors.ObjectChangedError(f"{obj.label}: the object has changed in its store")
         obj.adopt(fetched.version)
         flight.advance(flight.extent.stop)
+
+    def _note_kept(self, order: FetchOrder, fetched: Fetched) -> None:
+        """Tells the store what the disk made of an order."""
+        if fetched.disk_error:
+            self._store.landing_failed(order.key, order.extent.start, fetched.disk_error)
+        elif not fetched.is_kept:
+            self._store.note_passed_by(len(order.extent))
+        else:
+            self._store.note_landed(len(order.extent), fetched.disk_wait_s)
 
     def _given_up(
         self, flight: Flight, failure: FetchFailed | errors.ValohaiFuseError, decision: GiveUp

@@ -263,7 +263,7 @@ class Prefetch:
     async def _land(self, handle: Handle, piece: _Piece) -> None:
         obj = handle.object
         for _ in range(ROUNDS_MAX):
-            gaps = self._reader.gaps(obj, piece.extent)
+            gaps = self._reader.gaps(obj, piece.extent, to_keep=True)
             if not gaps:
                 return
             for gap in gaps:
@@ -278,7 +278,7 @@ class Prefetch:
                 flight.want(trio.current_time() + self._patience_s)  # before the first of them is waited for
             for flight, _start, stop in piece.flights:
                 await self._wait_landed(flight, stop, handle)
-        if self._reader.gaps(obj, piece.extent):
+        if self._reader.gaps(obj, piece.extent, to_keep=True):
             raise errors.ReadError(f"{obj.label}: the cache does not keep what it is given")
 
     async def _wait_landed(self, flight: Flight, stop: int, handle: Handle) -> None:

@@ -219,11 +219,11 @@ class Reader:
         demand = align(extent.start, extent.stop, obj.key.size)
         if obj.version is None or distrust:
             stop = plan.ahead.stop if plan.ahead.start == demand.stop else demand.stop
-            self._flights.begin(obj, Extent(demand.start, stop), Priority.DEMAND)
+            self._flights.begin(obj, Extent(demand.start, stop), Priority.DEMAND, staged=True)
             return
         for gap in self._store.missing(obj.key, obj.version, demand):
             joined = Extent(gap.start, self._joined_stop(obj, gap, plan))
-            self._flights.begin(obj, joined, Priority.DEMAND)
+            self._flights.begin(obj, joined, Priority.DEMAND, staged=True)
 
     def _joined_stop(self, obj: RemoteObject, gap: Extent, plan: Plan) -> int:
         """Where a demand for `gap` may end so that what is planned right behind it comes with the same request."""
@@ -240,17 +240,20 @@ class Reader:
             if extent:
                 self._begin_ahead(obj, extent)
 
-    def gaps(self, obj: RemoteObject, wanted: Extent) -> list[Extent]:
-        """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known."""
+    def gaps(self, obj: RemoteObject, wanted: Extent, *, to_keep: bool = False) -> list[Extent]:
+        """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known.
+
+        `to_keep`: as in `BlockStore.missing`.
+        """
         if not self._version_known(obj, wanted.start):
             return [wanted]
         assert obj.version is not None
-        return self._store.missing(obj.key, obj.version, wanted)
+        return self._store.missing(obj.key, obj.version, wanted, to_keep=to_keep)
 
     def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
         for gap in self.gaps(obj, wanted):
             self._metrics.count("ahead_bytes", len(gap))
-            self._flights.begin(obj, gap, Priority.AHEAD)
+            self._flights.begin(obj, gap, Priority.AHEAD, staged=True)
 
     # --- seeing inside ---
 

@@ -265,6 +265,8 @@ class WorkerPool:
                     total_s=message.total_s,
                     new_connection=message.new_connection,
                     disk_wait_s=message.disk_wait_s,
+                    is_kept=message.is_kept,
+                    disk_error=message.disk_error,
                 ),
             )
         else:
@@ -404,6 +406,7 @@ def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:
         stop=order.extent.stop,
         expect_version=order.expect_version,
         segment_path=os.fsencode(order.segment_path),
+        staging_path=os.fsencode(order.staging_path),
         awaited_upto=order.awaited_upto,
     )
 

@@ -46,6 +46,10 @@ class Landing(Protocol):
         """Whole blocks at `offset` of the object. Raises OSError."""
         ...
 
+    def copy_out(self, path: str, key: ObjectKey, version: str, start: int, stop: int) -> None:
+        """Writes what has landed in memory to the segment file at `path`. Raises OSError."""
+        ...
+
     def close(self) -> None:
         """Idempotent."""
         ...
@@ -277,6 +281,25 @@ class Transfer:
         """Since the order arrived here."""
         return now_s - self._started_at_s
 
+    def take_landed(self) -> tuple[int, Callable[[], None]] | None:
+        """Of a staged order that has landed anything: how many bytes, and what writes them to their file (any thread, raises
+        OSError). The transfer lands nothing after that."""
+        order, landing = self.order, self._landing
+        byte_count = self._landed_upto - order.start
+        if not order.staging_path or landing is None or byte_count == 0:
+            return None
+        self._landing = None
+        key = ObjectKey(text(order.stable_id), order.size)
+        version, path, stop = self.version, os.fsdecode(order.segment_path), self._landed_upto
+
+        def write() -> None:
+            try:
+                landing.copy_out(path, key, version, order.start, stop)
+            finally:
+                landing.close()
+
+        return byte_count, write
+
     def close(self) -> None:
         """Lets go of the segment file. Raises OSError (network file systems write late); a second call does nothing."""
         landing, self._landing = self._landing, None
@@ -353,14 +376,18 @@ class Transfer:
             key = ObjectKey(text(order.stable_id), order.size)
             try:
                 self._landing = self._open_landing(
-                    os.fsdecode(order.segment_path), key, order.start // SEGMENT_BYTES, self.version
+                    os.fsdecode(order.staging_path or order.segment_path),
+                    key,
+                    order.start // SEGMENT_BYTES,
+                    self.version,
                 )
             except ValueError:  # the format bounds what it stores
                 raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
         waited_s = waits.waited_s()
         data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
         self._landing.land(self._landed_upto, memoryview(data)[:due_bytes])
-        self.disk_wait_s += waits.waited_s() - waited_s
+        if not order.staging_path:
+            self.disk_wait_s += waits.waited_s() - waited_s
         self._pending_bytes -= due_bytes
         self._pending = [data[due_bytes:]] if self._pending_bytes else []
         self._landed_upto += due_bytes

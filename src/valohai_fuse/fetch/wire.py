@@ -50,6 +50,7 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     stop: int
     expect_version: str | None
     segment_path: bytes
+    staging_path: bytes = b""
     awaited_upto: int = 0
 
     def __repr__(self) -> str:
@@ -67,7 +68,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Landed(msgspec.Struct, frozen=True, tag="landed"):
-    """The order's bytes below `upto` (an offset in the object) are in the segment file."""
+    """The order's bytes below `upto` (an offset in the object) are in the segment file, or staged."""
 
     id: int
     upto: int
@@ -84,6 +85,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     total_s: float
     new_connection: bool
     disk_wait_s: float = 0.0
+    is_kept: bool = True
+    disk_error: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,8 +1,9 @@
 """A worker process: `python -m valohai_fuse.fetch.worker FD`, FD being one end of a socketpair whose other end is the pool's.
 
-One thread, one epoll, one `CurlMulti`: the control socket and libcurl's sockets wait side by side, and whatever arrives is
-landed (`transfer.py`) before the next wait. The process ends when its socket does, and so never outlives the daemon: no
-signal is needed for that, and PR_SET_PDEATHSIG would tie it to the daemon's *thread* that started it.
+One loop, one epoll, one `CurlMulti`: the control socket and libcurl's sockets wait side by side, and whatever arrives is
+landed (`transfer.py`) before the next wait; what landed in memory is written to the disk in a thread (`behind.py`). The
+process ends when its socket does, and so never outlives the daemon: no signal is needed for that, and PR_SET_PDEATHSIG would
+tie it to the daemon's *thread* that started it.
 
 Invariants: each order is answered once (or was cancelled); a connection is kept after every answer that was read to its
 end; nothing is written but segment files and messages. Must not know: retries, priorities, leases. Imports are kept few,
@@ -20,13 +21,26 @@ import sys
 import time
 from typing import Any, Final
 
+import msgspec
 import pycurl
 
 from valohai_fuse import __version__
 from valohai_fuse.allocator import keep_freed_memory
+from valohai_fuse.fetch.behind import Job, WriteBehind
 from valohai_fuse.fetch.response import Rejected
 from valohai_fuse.fetch.transfer import OpenLanding, Transfer, first_byte_s
-from valohai_fuse.fetch.wire import Cancel, Configure, Deframer, Done, Order, Ready, ToPool, frame, to_worker_decoder
+from valohai_fuse.fetch.wire import (
+    Cancel,
+    Configure,
+    Deframer,
+    Done,
+    Landed,
+    Order,
+    Ready,
+    ToPool,
+    frame,
+    to_worker_decoder,
+)
 from valohai_fuse.ports import FailureKind, ObjectKey
 from valohai_fuse.store.landing import SegmentWriter
 
@@ -53,12 +67,20 @@ class Worker:
         self._transfers: dict[int, Transfer] = {}
         self._by_curl: dict[pycurl.Curl, Transfer] = {}
         self._outgoing: list[bytes] = []
+        self._behind = WriteBehind()
+        self._epoll.register(self._behind.fd, select.EPOLLIN)
         self._multi: Any = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
 
     def run(self) -> None:
         """Until the pool closes its end."""
+        try:
+            self._serve()
+        finally:
+            self._behind.close()
+
+    def _serve(self) -> None:
         self._post(Ready())
         self._flush()
         control = self._control.fileno()
@@ -68,6 +90,8 @@ class Worker:
                 if fd == control:
                     if not self._receive():
                         return
+                elif fd == self._behind.fd:
+                    self._tell_written()
                 else:
                     self._multi.socket_action(fd, _curl_mask(mask))
             now_s = time.monotonic()
@@ -240,6 +264,7 @@ class Worker:
             self._fail(transfer, _disk(error))
 
     def _done(self, transfer: Transfer, now_s: float) -> None:
+        landed = transfer.take_landed()
         transfer.close()
         done = Done(
             id=transfer.order.id,
@@ -251,7 +276,19 @@ class Worker:
             disk_wait_s=transfer.disk_wait_s,
         )
         self._release(transfer)
+        if landed is not None:
+            # Readers go on at once; the order is over when the disk has it, for until then its memory is needed.
+            self._post(Landed(id=done.id, upto=transfer.order.stop, version=done.version))
+            if self._behind.offer(Job(*landed, done)):
+                return
+            done = msgspec.structs.replace(done, is_kept=False)
         self._post(done)
+
+    def _tell_written(self) -> None:
+        for ended in self._behind.ended():
+            if ended.job.done is not None:
+                done = msgspec.structs.replace(ended.job.done, is_kept=ended.is_written, disk_error=ended.disk_error)
+                self._post(done)
 
     def _fail(self, transfer: Transfer, rejected: Rejected) -> None:
         if rejected.kind is FailureKind.TRANSIENT:
@@ -267,6 +304,8 @@ class Worker:
         del self._transfers[transfer.order.id]
         del self._by_curl[transfer.curl]
         self._multi.remove_handle(transfer.curl)
+        if (landed := transfer.take_landed()) is not None:  # of an order that failed or is not wanted any more
+            self._behind.offer(Job(*landed, None))
         if transfer.single_use:
             transfer.curl.close()
         else:

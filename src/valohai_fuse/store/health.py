@@ -67,10 +67,15 @@ class DiskPace:
         now_s = self._monotonic()
         self._saved_s = min(PACE_SAVED_MAX_S, self._saved_s + (now_s - self._filled_at_s) * PACE_SHARE)
         self._filled_at_s = now_s
-        if self._saved_s < 0 and not self._told:
+        if self._saved_s < 0:
+            self.tell_once()
+        return self._saved_s >= 0
+
+    def tell_once(self) -> None:
+        """Says in the log that the disk is too slow for the network."""
+        if not self._told:
             self._told = True
             log.info("the cache disk holds fetches up: only part of what is fetched is written there from now on")
-        return self._saved_s >= 0
 
     def begin(self, byte_count: int) -> float:
         """A fetch begins to land on the disk; returns what it was charged in advance."""

@@ -12,13 +12,21 @@ What is found at the path decides how a writer starts:
 - anything else (torn, rotten): header and an empty table are written over it. Not unlinked, for two writers who meet the
   same rubbish would unlink each other's new file.
 
+What lands in a memory segment is written to its file later, from there (`copy_out`). Directly (O_DIRECT), where the file
+system can: the bytes were served from memory, and a second copy of them in the page cache costs more than everything else
+on the way. Nobody waits for that write but the thread that makes it.
+
 Must not know: HTTP, the store's bookkeeping, retries. Errors of the disk are raised as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import mmap
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -30,9 +38,12 @@ _REPLACE_ATTEMPTS_MAX = 4
 """Two writers of two versions can take the file from one another; that many times is bad luck, more is a fault."""
 
 
-def memory_name(digest_hex: str, segment_index: int) -> str:
-    """The name of a memory segment's memfd (see `store.memory`): by it a writer knows that it opened the right one."""
-    return f"valohai-fuse:{digest_hex}.{segment_index:x}"
+MEMORY_NAME = "valohai-fuse-segment"
+"""The name of memory segments' memfds (see `store.memory`): by it a writer knows that it opened one."""
+
+_DIRECT_BYTES_MIN = 512 * 1024
+"""Less than this is written through the page cache: a direct write waits for the device each time."""
+_DIRECT_PIECE_BYTES = 1024 * 1024
 
 
 def is_memory_path(path: str) -> bool:
@@ -76,7 +87,7 @@ class SegmentWriter:
         self._seed = segment.hash_seed(digest, version)
         header = segment.encode_header(key.stable_id, key.size, segment_index, version)
         if is_memory_path(path):
-            self._fd = _open_memory(path, header, memory_name(digest.hex(), segment_index))
+            self._fd = _open_memory(path, header)
         else:
             self._fd = _open_file(path, header)
 
@@ -96,6 +107,27 @@ class SegmentWriter:
         entries = segment.encode_entries(view, self._seed, block_number)
         write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
         write_all(self._fd, entries, segment.entry_offset(block_number - self._first_block))
+
+    def copy_out(self, path: str, key: ObjectKey, version: Version, start: int, stop: int) -> None:
+        """Writes blocks [start, stop) of the object, which have landed in this memory segment, to the segment file at `path`,
+        entries included as they were landed: should anybody spoil the memory meanwhile, the file's block does not verify.
+
+        Raises OSError as the disk gave it.
+        """
+        offset = segment.DATA_OFFSET + start - self._start
+        first = start // BLOCK_BYTES - self._first_block
+        entries = os.pread(self._fd, segment.ENTRY_BYTES * segment.blocks_in(stop - start), segment.entry_offset(first))
+        with (
+            SegmentWriter(path, key, self._start // SEGMENT_BYTES, version) as file,
+            mmap.mmap(self._fd, stop - start, flags=_MAPPED, prot=mmap.PROT_READ, offset=offset) as memory,
+            memoryview(memory) as data,
+        ):
+            direct = len(data) - len(data) % segment.PAGE_BYTES if len(data) >= _DIRECT_BYTES_MIN else 0
+            with _writing_directly(file._fd) as possible:
+                direct = _write_directly(file._fd, data[:direct], offset) if possible else 0
+            if direct < len(data):
+                write_all(file._fd, data[direct:], offset + direct)
+            write_all(file._fd, entries, segment.entry_offset(first))
 
     def close(self) -> None:
         """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""
@@ -136,14 +168,17 @@ def _open_file(path: str, header: bytes) -> int:
     raise OSError(errno.ESTALE, "other versions of the object keep taking the segment's place", path)
 
 
-def _open_memory(path: str, header: bytes, name: str) -> int:
-    """The daemon may have dropped this segment and its descriptor number may mean something else by now: such a thing is
-    recognised by its name and never written to."""
+def _open_memory(path: str, header: bytes) -> int:
+    """The daemon may have forgotten this segment, and the descriptor's number may mean something else by now, or its memory
+    hold another segment: such a thing is recognised, by the memfd's name and the header, and not written to."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        is_it = os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{name} ")
-        if is_it and os.pread(fd, segment.HEADER_BYTES, 0) != header:
-            write_all(fd, header + segment.EMPTY_TABLE, 0)
+        is_it = os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{MEMORY_NAME} ")
+        if is_it:
+            found = os.pread(fd, segment.HEADER_BYTES, 0)
+            is_it = _are_of_one_segment(found, header)
+            if is_it and found != header:
+                write_all(fd, header + segment.EMPTY_TABLE, 0)
     except BaseException:
         os.close(fd)
         raise
@@ -151,3 +186,50 @@ def _open_memory(path: str, header: bytes, name: str) -> int:
         os.close(fd)
         raise OSError(errno.ESTALE, "the memory segment is gone", path)
     return fd
+
+
+def _are_of_one_segment(found: bytes, own: bytes) -> bool:
+    """Whether two headers differ in the version at most."""
+    there, ours = segment.decode_header(found), segment.decode_header(own)
+    assert ours is not None, "made by ourselves"
+    return there is not None and (there.stable_id, there.size, there.segment_index) == (
+        ours.stable_id,
+        ours.size,
+        ours.segment_index,
+    )
+
+
+_MAPPED = mmap.MAP_SHARED | mmap.MAP_POPULATE
+
+
+@contextlib.contextmanager
+def _writing_directly(fd: int) -> Iterator[bool]:
+    """Switches the page cache off for `fd` during the block, where that can be done (says whether)."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def _write_directly(fd: int, data: memoryview, offset: int) -> int:
+    """How much of `data`, from its start, was written; less than all where the file system does not like direct writes.
+
+    Raises OSError.
+    """
+    at = 0
+    try:
+        while at < len(data):
+            written = os.pwrite(fd, data[at : at + _DIRECT_PIECE_BYTES], offset + at)
+            at += written
+            if not written or written % segment.PAGE_BYTES:
+                break
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+            raise
+    return at

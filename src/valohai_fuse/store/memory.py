@@ -1,8 +1,14 @@
-"""Segments in memory, for when the disk takes no writes: memfds in the format of cache files.
+"""Segments in memory: memfds in the format of cache files. Two uses, one mechanism:
 
-A fetch worker lands in one as in any file, by the path /proc/PID/fd/N, for it runs as the same user. Bounded by what the
-segments may hold when full, least recently used first; forgetting one under a reader or a writer is harmless, for both hold
-descriptors of their own, and a writer that comes too late recognises by the memfd's name that N means something else now.
+- *staging*: what readers stream lands here first, is read from here, and is written to its file behind the readers' backs
+  (`store.landing.copy_out`, O_DIRECT), so that a stream fills no page cache but FUSE's;
+- *standing in*: while the disk takes no writes.
+
+A fetch worker lands in one by the path /proc/PID/fd/N, for it runs as the same user. Bounded by what the segments may hold
+when full. A segment is pinned while something lands in it; of the others those go first that have been read to their end,
+the last one first (its memory is warm), then the oldest. A full-sized memfd that goes is used again for the next segment,
+for memory that is new to the process costs several times what a copy does: its header then says what it holds, so a writer
+that comes too late recognises that, and whatever it might still spoil does not verify.
 
 Not thread-safe: the store calls this under its lock.
 """
@@ -10,65 +16,139 @@ Not thread-safe: the store calls this under its lock.
 from __future__ import annotations
 
 import os
-
-from cachetools import LRUCache
+from dataclasses import dataclass, field
 
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey
-from valohai_fuse.store.landing import memory_name
+from valohai_fuse.store.landing import MEMORY_NAME
 from valohai_fuse.store.opened import OpenSegment
 
 SEGMENTS_MAX = 256
 """Each costs a descriptor, so small objects are bounded by number."""
+_FULL_BYTES = segment.PAGE_BYTES + SEGMENT_BYTES
+
+_Place = tuple[ObjectKey, int]
 
 
-def _bytes_when_full(opened: OpenSegment) -> int:
-    return segment.PAGE_BYTES + segment.segment_bytes(opened.key.size, opened.index)
+@dataclass(eq=False, slots=True)
+class _Held:
+    opened: OpenSegment
+    bytes_when_full: int
+    pins: int = 0
+    is_read: bool = False
+    """Read to its end."""
+    stands_in: bool = False
+    """Its file does not get what is here."""
 
 
-class _Segments(LRUCache[tuple[ObjectKey, int], OpenSegment]):
-    def __setitem__(self, key: tuple[ObjectKey, int], value: OpenSegment) -> None:
-        while len(self) >= SEGMENTS_MAX and key not in self:
-            self.popitem()
-        super().__setitem__(key, value)
-
-
+@dataclass(slots=True)
 class MemorySegments:
-    """At most `bytes_max` (but always room for one segment) of segments."""
+    """At most `bytes_max` (but always room for one segment) of segments, unless more than that are pinned."""
 
-    def __init__(self, bytes_max: int) -> None:
-        self._segments = _Segments(max(bytes_max, segment.PAGE_BYTES + SEGMENT_BYTES), getsizeof=_bytes_when_full)
+    bytes_max: int
+    bytes_when_full: int = 0
+    """What the present segments take at the most."""
+    _held: dict[_Place, _Held] = field(default_factory=dict)
+    """Oldest first."""
+    _read: list[_Place] = field(default_factory=list)
+    """Those that have been read to their end, in that order."""
+
+    def __post_init__(self) -> None:
+        self.bytes_max = max(self.bytes_max, _FULL_BYTES)
 
     def __len__(self) -> int:
-        return len(self._segments)
+        return len(self._held)
 
-    @property
-    def bytes_when_full(self) -> int:
-        """What the present segments take at the most."""
-        return int(self._segments.currsize)
-
-    def get(self, key: ObjectKey, index: int) -> OpenSegment | None:
-        """The segment, which now counts as just used, or None."""
-        return self._segments.get((key, index))
+    def get(self, key: ObjectKey, index: int, *, to_keep: bool = False) -> OpenSegment | None:
+        """The segment, or None. `to_keep`: not one whose blocks are on their way to the disk at best."""
+        held = self._held.get((key, index))
+        return None if held is None or (to_keep and not held.stands_in) else held.opened
 
     def indexes(self, key: ObjectKey) -> list[int]:
         """Which segments of the object are here."""
-        return [index for other, index in self._segments if other == key]
+        return [index for other, index in self._held if other == key]
 
-    def path(self, key: ObjectKey, index: int) -> str:
-        """Where a worker of the same user lands this segment; made if it is not there. Raises OSError."""
-        opened = self._segments.get((key, index))
-        if opened is None:
-            name = memory_name(segment.object_digest(key.stable_id, key.size).hex(), index)
-            opened = OpenSegment(os.memfd_create(name, os.MFD_CLOEXEC), key, index, never_waits=True)
-            self._segments[key, index] = opened
-        return f"/proc/{os.getpid()}/fd/{opened.fd}"
+    def take(self, key: ObjectKey, index: int, *, stands_in: bool) -> str | None:
+        """Where a worker of the same user lands this segment, made if it is not there, and pinned until `release`.
+
+        None: there is no room, for staging; who stands in gets it in any case. Raises OSError.
+        """
+        held = self._held.get((key, index))
+        if held is None:
+            wanted = segment.PAGE_BYTES + segment.segment_bytes(key.size, index)
+            fits, fd = self._make_room(wanted)
+            if not fits and not stands_in:
+                return None
+            opened = _new_segment(fd, key, index)
+            held = self._held[key, index] = _Held(opened, wanted)
+            self.bytes_when_full += wanted
+        held.pins += 1
+        held.stands_in |= stands_in
+        held.is_read = False
+        return f"/proc/{os.getpid()}/fd/{held.opened.fd}"
+
+    def release(self, key: ObjectKey, index: int) -> None:
+        """Takes one pin back."""
+        held = self._held.get((key, index))
+        if held is not None and held.pins:
+            held.pins -= 1
+
+    def note_read(self, opened: OpenSegment) -> None:
+        """A reader has come to the end of this segment: it goes first from now on."""
+        held = self._held.get((opened.key, opened.index))
+        if held is not None and held.opened is opened and not held.is_read:
+            held.is_read = True
+            self._read.append((opened.key, opened.index))
+
+    def drop_staged(self) -> None:
+        """Forgets what is staged and not pinned: nobody has streamed for a while, and the memory is better used elsewhere."""
+        for place in [place for place, held in self._held.items() if not held.pins and not held.stands_in]:
+            self._drop(place)
 
     def discard(self, key: ObjectKey, index: int) -> None:
         """Forgets one, if it is here."""
-        self._segments.pop((key, index), None)
+        if (key, index) in self._held:
+            self._drop((key, index))
 
     def clear(self) -> None:
         """Forgets all of them."""
-        self._segments.clear()
+        self._held.clear()
+        self._read.clear()
+        self.bytes_when_full = 0
+
+    def _drop(self, place: _Place) -> _Held:
+        held = self._held.pop(place)
+        self.bytes_when_full -= held.bytes_when_full
+        return held
+
+    def _make_room(self, wanted: int) -> tuple[bool, int]:
+        """Forgets segments until `wanted` bytes fit: whether they do, and a full-sized memfd to use again, or -1."""
+        fd = -1
+        while self._held and (self.bytes_when_full + wanted > self.bytes_max or len(self._held) >= SEGMENTS_MAX):
+            place = self._victim()
+            if place is None:
+                return False, -1
+            held = self._drop(place)
+            if held.bytes_when_full == wanted == _FULL_BYTES:
+                fd = os.dup(held.opened.fd)  # the old one is closed with its last reader
+                os.set_inheritable(fd, False)
+                break
+        return True, fd
+
+    def _victim(self) -> _Place | None:
+        while self._read:
+            place = self._read.pop()
+            held = self._held.get(place)
+            if held is not None and held.is_read and not held.pins:
+                return place
+        return next((place for place, held in self._held.items() if not held.pins), None)
+
+
+def _new_segment(fd: int, key: ObjectKey, index: int) -> OpenSegment:
+    """A segment without a block, whose header says whose it is; in the memfd `fd`, which it takes over, or a new one."""
+    if fd < 0:
+        fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC)
+    opened = OpenSegment(fd, key, index, never_waits=True)
+    os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
+    return opened

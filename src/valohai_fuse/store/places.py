@@ -19,7 +19,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from cachetools import LRUCache, TTLCache
 
@@ -37,6 +37,8 @@ TOUCH_AGE_S = 10.0
 read already goes before what was fetched ahead."""
 READING_S = 5.0
 """The segment of an object that was last read, if that was less than READING_S ago, is being read."""
+STAGED_IDLE_S = 15.0
+"""So long after the last piece was staged the memory is given back."""
 _USED_MAX = 65536
 """Segments read between two touches; what is beyond passes for as old as its last touch."""
 
@@ -68,6 +70,7 @@ class Places:
         self._faults: TTLCache[Place, int] = TTLCache(_FAULTS_MAX, FAULT_MEMORY_S, timer=monotonic)
         self._used: set[Place] = set()
         self.blocks_distrusted = 0
+        self._staged_at_s = 0.0
 
     def close(self) -> None:
         """Forgets all; the descriptors go with their last user."""
@@ -95,25 +98,41 @@ class Places:
         key, index = place
         return segment.segment_name(segment.object_digest(key.stable_id, key.size).hex(), index)
 
-    def memory_path(self, place: Place) -> str:
-        """Where a worker lands the segment in memory. Raises OSError."""
+    @contextlib.contextmanager
+    def in_memory(self, place: Place, *, stands_in: bool) -> Iterator[str | None]:
+        """Where a worker lands the segment in memory; it stays there during the block. None: no room, for staging.
+
+        Raises OSError.
+        """
         with self._lock:
-            return self._memory.path(*place)
+            path = self._memory.take(*place, stands_in=stands_in)
+            self._staged_at_s = self._monotonic()
+        try:
+            yield path
+        finally:
+            if path is not None:
+                with self._lock:
+                    self._memory.release(*place)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def at_hand(self, place: Place) -> OpenSegment | None:
         """The segment as it was last seen, without any system call."""
         with self._lock:
-            return self._opened.get(place) or self._memory.get(*place)
+            return self._memory.get(*place) or self._opened.get(place)
 
-    def look(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
-        """Where blocks of the segment are, as of now. Raises BlockingIOError with `nowait`, nothing else."""
+    def look_in_memory(self, place: Place, *, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
+        """The segment in memory as of now, if there is one with any block."""
         with self._lock:
-            in_memory = self._memory.get(*place)
+            in_memory = self._memory.get(*place, to_keep=to_keep)
         places: list[tuple[OpenSegment, Contents]] = []
         if in_memory is not None:
-            self._refresh(in_memory, places, nowait=nowait)
+            self._refresh(in_memory, places, nowait=False)
+        return places if places and any(places[0][1].entries) else []
+
+    def look(self, place: Place, *, nowait: bool, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
+        """Where blocks of the segment are, as of now. Raises BlockingIOError with `nowait`, nothing else."""
+        places = self.look_in_memory(place, to_keep=to_keep)
         if not self.avoids_file(place):
             try:
                 opened = self._file(place)
@@ -207,9 +226,18 @@ class Places:
                 opened.used = True
                 self._used.add((opened.key, opened.index))
 
+    def note_read_to_end(self, opened: OpenSegment) -> None:
+        """A reader has come to the end of a segment: if it is in memory, that may be used again."""
+        if opened.file_id is None:
+            with self._lock:
+                self._memory.note_read(opened)
+
     def touch_used(self) -> None:
-        """Sets the time of the files that were read, by which evictors of all processes see what is used. Blocks."""
+        """Sets the time of the files that were read, by which evictors of all processes see what is used, and gives back the
+        memory of what was staged some time ago. Blocks."""
         with self._lock:
+            if self._monotonic() - self._staged_at_s > STAGED_IDLE_S:
+                self._memory.drop_staged()
             used, self._used = self._used, set()
             for place in used:
                 opened = self._opened.get(place)

@@ -27,16 +27,17 @@ import trio
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor, split_by_segment
-from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey, Version
+from valohai_fuse.ports import ABSENT, COLD, FOREIGN, LandingPlace, NotHere, ObjectKey, Version
 from valohai_fuse.store import directory
 from valohai_fuse.store.claims import Claims
 from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
-from valohai_fuse.store.landing import is_memory_path
 from valohai_fuse.store.opened import Contents, OpenSegment
 from valohai_fuse.store.places import Place, Places
 from valohai_fuse.store.room import Room
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
+STAGED_BYTES_MIN = 1024 * 1024
+"""From this on a piece goes through memory: a stream's. A smaller one would waste a segment's memory."""
 DESCRIPTORS_MAX = 1024
 READING_THREADS = 8
 PATIENCE_S = 10.0
@@ -205,7 +206,9 @@ class SegmentStore:
     ) -> list[_Run] | NotHere:
         """Runs for [start, stop) of one segment after a fresh look, each block from wherever it is."""
         index, within = divmod(start, SEGMENT_BYTES)
-        places = self._places.look((key, index), nowait=nowait)
+        places = self._places.look_in_memory((key, index))
+        if not (places and places[0][1].serves(version, within // BLOCK_BYTES, stop - start)):
+            places = self._places.look((key, index), nowait=nowait)
         matching = [place for place in places if place[1].version == version]
         if not matching:
             return FOREIGN if places else ABSENT
@@ -235,6 +238,8 @@ class SegmentStore:
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
                     self._places.mark_used(run.opened)
+                    if run.stop % SEGMENT_BYTES == 0 or run.stop == run.opened.key.size:
+                        self._places.note_read_to_end(run.opened)
                     continue
                 if not nowait:
                     self._places.distrust(run.opened, run.contents, bad)
@@ -248,28 +253,28 @@ class SegmentStore:
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
-    def missing(self, key: ObjectKey, version: Version, extent: Extent) -> list[Extent]:
+    def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """The parts of `extent`, whole blocks, that are not present; see `ports.BlockStore`."""
         parts: list[Extent] = []
         if extent.start >= min(extent.stop, key.size):
             return parts
         for part in split_by_segment(Extent(block_floor(extent.start), block_ceil(extent.stop, key.size))):
-            for gap in self._gaps(key, version, part):
+            for gap in self._gaps(key, version, part, to_keep=to_keep):
                 if parts and parts[-1].stop == gap.start:
                     parts[-1] = Extent(parts[-1].start, gap.stop)
                 else:
                     parts.append(gap)
         return parts
 
-    def _gaps(self, key: ObjectKey, version: Version, part: Extent) -> Iterator[Extent]:
+    def _gaps(self, key: ObjectKey, version: Version, part: Extent, *, to_keep: bool) -> Iterator[Extent]:
         """The missing blocks of `part`, which is whole blocks of one segment."""
         index, within = divmod(part.start, SEGMENT_BYTES)
         first = within // BLOCK_BYTES
         opened = self._places.at_hand((key, index))
-        contents = None if opened is None else opened.contents
+        contents = None if opened is None or to_keep else opened.contents
         if contents is not None and contents.serves(version, first, len(part)):
             return
-        looked = self._places.look((key, index), nowait=False)
+        looked = self._places.look((key, index), nowait=False, to_keep=to_keep)
         tables = [found.entries for _, found in looked if found.version == version]
         for block, at in enumerate(range(part.start, part.stop, BLOCK_BYTES), first):
             if not any(entries[block] for entries in tables):
@@ -307,58 +312,97 @@ class SegmentStore:
     def segment_path(self, key: ObjectKey, offset: int) -> str:
         """Where a worker lands the segment that holds byte `offset`: a file, or memory while the disk takes nothing."""
         place = (key, offset // SEGMENT_BYTES)
-        path = self._places.path(place)
-        if not self._places.avoids_file(place) and self._health.takes_writes():
-            try:
-                self._prepare()
-                self._make_fan_out(os.path.dirname(path))
-            except (OSError, ConfigurationError) as error:
-                self._disk_refused(_reason(error))
-            else:
-                return path
-        return self._memory_path(place, path)
-
-    def _memory_path(self, place: Place, path: str) -> str:
-        try:
-            return self._places.memory_path(place)
-        except OSError as error:
-            self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
+        path = self._file_path(place)
+        if path is not None:
+            return path
+        with self._standing_in(place) as path:
             return path
 
-    @contextlib.asynccontextmanager
-    async def landing(self, key: ObjectKey, extent: Extent, *, ahead: bool) -> AsyncIterator[str | None]:
-        """`segment_path` for a fetch of `extent`, with room taken for it while the block runs; see `ports.BlockStore`."""
-        path = self.segment_path(key, extent.start)
-        if not is_memory_path(path) and not self._pace.affordable():
-            path = self._memory_path((key, extent.start // SEGMENT_BYTES), path)
-        if is_memory_path(path):
-            yield path
-            return
-        charged_s = self._pace.begin(len(extent))
+    def _file_path(self, place: Place) -> str | None:
+        """The segment's file, if the disk may be asked to take it."""
+        path = self._places.path(place)
+        if self._places.avoids_file(place) or not self._health.takes_writes():
+            return None
         try:
-            async with self._with_room(key, extent, path, ahead=ahead) as place:
-                yield place
-        finally:
-            self._pace.end(charged_s)
+            self._prepare()
+            self._make_fan_out(os.path.dirname(path))
+        except (OSError, ConfigurationError) as error:
+            self._disk_refused(_reason(error))
+            return None
+        return path
+
+    @contextlib.contextmanager
+    def _standing_in(self, place: Place) -> Iterator[str]:
+        """Memory for what the disk does not take; the file all the same, should there be no memory."""
+        with contextlib.ExitStack() as stack:
+            try:
+                path = stack.enter_context(self._places.in_memory(place, stands_in=True))
+            except OSError as error:
+                self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
+                path = None
+            yield path or self._places.path(place)
+
+    @contextlib.contextmanager
+    def _staging(self, place: Place, extent: Extent, *, staged: bool) -> Iterator[str]:
+        """Memory for a large piece that somebody is about to read; "" where there is no use or no room for it."""
+        with contextlib.ExitStack() as stack:
+            path = None
+            if staged and len(extent) >= STAGED_BYTES_MIN:
+                with contextlib.suppress(OSError):
+                    path = stack.enter_context(self._places.in_memory(place, stands_in=False))
+            yield path or ""
 
     @contextlib.asynccontextmanager
-    async def _with_room(self, key: ObjectKey, extent: Extent, path: str, *, ahead: bool) -> AsyncIterator[str | None]:
+    async def landing(
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+    ) -> AsyncIterator[LandingPlace | None]:
+        """Where a fetch of `extent` lands, with room taken for it while the block runs; see `ports.BlockStore`.
+
+        Staged is what is large enough; small pieces go through the page cache, which writes them out when it pleases.
+        """
+        place = (key, extent.start // SEGMENT_BYTES)
+        path = self._file_path(place)
+        with self._staging(place, extent, staged=staged and path is not None) as staging:
+            if path is None or not (staging or self._pace.affordable()):
+                with self._standing_in(place) as memory:
+                    yield LandingPlace(memory)
+                return
+            charged_s = 0.0 if staging else self._pace.begin(len(extent))
+            try:
+                async with self._with_room(len(extent), ahead=ahead) as granted:
+                    if granted:
+                        yield LandingPlace(path, staging)
+                    elif ahead:
+                        yield None
+                    else:
+                        with self._standing_in(place) as memory:
+                            yield LandingPlace(memory)
+            finally:
+                self._pace.end(charged_s)
+
+    @contextlib.asynccontextmanager
+    async def _with_room(self, byte_count: int, *, ahead: bool) -> AsyncIterator[bool]:
+        """Takes room on the disk for `byte_count` bytes of one segment while the block runs; says whether there was any."""
         if self._room is None:
-            yield path
+            yield True
             return
-        wanted_bytes = segment.bytes_on_disk_max(len(extent))
+        wanted_bytes = segment.bytes_on_disk_max(byte_count)
         patience_s = _ROOM_PATIENCE_AHEAD_S if ahead else ROOM_PATIENCE_S
         if not self._room.reserve(wanted_bytes) and not await self._room.reserve_soon(wanted_bytes, patience_s):
-            yield None if ahead else self._memory_path((key, extent.start // SEGMENT_BYTES), path)
+            yield False
             return
         try:
-            yield path
+            yield True
         finally:
             self._room.release(wanted_bytes)
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
         """See `ports.BlockStore`."""
         self._pace.waited(byte_count, disk_wait_s)
+
+    def note_passed_by(self, byte_count: int) -> None:  # noqa: ARG002 - the port's signature
+        """See `ports.BlockStore`."""
+        self._pace.tell_once()
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
