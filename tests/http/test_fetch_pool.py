@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from support.fetch_rig import CONTENT, SECRET, SIZE, RecordingMetrics, Rig, land
 from support.raw_store import Answer, End, Request, partial
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.fetch.pool import WorkerPool, open_pool
+from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES
 from valohai_fuse.ports import FailureKind, FetchFailed, FetchOrder, Landed, Priority
+from valohai_fuse.store.landing import MEMORY_NAME
 
 
 def _ignore(_: Landed) -> None:
@@ -46,6 +49,60 @@ def test_sequential_orders_use_one_connection(tmp_path: Path) -> None:
             assert r.metrics.counters["connections_opened"] == 1
             assert r.metrics.counters["fetches"] == 12
             assert r.metrics.counters["fetched_bytes"] == 12 * SIZE
+
+    trio.run(scenario)
+
+
+def _memory(order: FetchOrder) -> str:
+    """A memory segment for this order, as the store makes them."""
+    fd = os.memfd_create(MEMORY_NAME)
+    header = segment.encode_header(order.key.stable_id, order.key.size, 0, "")
+    os.pwrite(fd, header + segment.EMPTY_TABLE, 0)
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def test_a_staged_order_lands_in_memory_first_and_is_over_when_its_file_has_it(tmp_path: Path) -> None:
+    """Readers go on with `Landed`; at the end memory and file hold the same."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            order = r.order(staging_path=(staging := _memory(r.order())))
+            fetched = await r.fetch(order)
+            assert fetched.is_kept
+            assert r.reports[-1].upto == SIZE
+            assert landed_bytes(order) == CONTENT
+            assert landed_bytes(replace(order, segment_path=staging)) == CONTENT
+            os.close(int(staging.rpartition("/")[2]))
+
+    trio.run(scenario)
+
+
+def test_a_staged_order_whose_disk_refuses_succeeds_and_says_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            plain = r.order()
+            order = r.order(segment_path=str(tmp_path / "nowhere" / "x"), staging_path=(staging := _memory(plain)))
+            fetched = await r.fetch(order)
+            assert (fetched.is_kept, fetched.disk_error) == (False, "No such file or directory")
+            assert landed_bytes(replace(order, segment_path=staging)) == CONTENT
+            os.close(int(staging.rpartition("/")[2]))
+
+    trio.run(scenario)
+
+
+def test_what_a_broken_staged_order_has_landed_reaches_its_file(tmp_path: Path) -> None:
+    """A connection that breaks in the middle: the whole blocks before that are in memory, and soon on the disk."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            cut = partial(CONTENT, 0, SIZE)[: -2 * BLOCK_BYTES]
+            r.store.answers.append([cut, End.CLOSE])
+            order = r.order(staging_path=(staging := _memory(r.order())))
+            await r.failure(order)
+            assert r.reports[-1].upto >= 2 * BLOCK_BYTES
+            while len(landed_blocks(order)) * BLOCK_BYTES < r.reports[-1].upto:  # noqa: ASYNC110 - nobody is told
+                await trio.sleep(0.01)
+            os.close(int(staging.rpartition("/")[2]))
 
     trio.run(scenario)
 

@@ -85,6 +85,10 @@ def test_run_downloads_where_fuse_is_not_permitted(own_directories: Path) -> Non
         root = own_directories / "elsewhere"
         outcome = run_without_fuse(mounted, "--fallback=download", f"--root={root}", "--", "cat", f"{root}/more/c.txt")
         assert (outcome.returncode, outcome.stdout) == (0, "c")
+        # A thread that the download left would be given the signals that `run` waits for: a quick CMD was waited for for ever.
+        count = ["sh", "-c", "ls /proc/$PPID/task | wc -l"]
+        outcome = run_without_fuse(mounted, "--fallback=download", f"--root={root}", "--", *count)
+        assert (outcome.returncode, outcome.stdout.strip()) == (0, "1")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes a capability away, which takes root")

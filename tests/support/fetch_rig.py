@@ -71,6 +71,7 @@ class Rig:
         size: int | None = None,
         segment_path: str | None = None,
         name: str = "object",
+        staging_path: str = "",
     ) -> FetchOrder:
         """An order for the store's object, or for what else is said."""
         size = len(self.store.content) if size is None else size
@@ -82,6 +83,7 @@ class Rig:
             expect_version=expect,
             segment_path=str(path) if segment_path is None else segment_path,
             priority=priority,
+            staging_path=staging_path,
         )
 
     async def fetch(self, order: FetchOrder) -> Fetched:

@@ -2,8 +2,9 @@
 
 The command stays in our process group with our terminal, as if the shell had started it. Signals are waited for, not
 handled: what the terminal sends (Ctrl-C) has reached the command already, since it goes to the whole group; what somebody
-sent to us alone is passed on. The supervisor holds the read end of a pipe whose write end is ours: if we are killed, it
-unmounts.
+sent to us alone is passed on. That needs a process without further threads, which would be given the signals instead: so a
+download that stands in for a mount happens in a process of its own. The supervisor holds the read end of a pipe whose write
+end is ours: if we are killed, it unmounts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from typing import Final
 
 import click
@@ -76,16 +78,31 @@ def run(
     except FuseUnavailableError as error:
         if fallback is None:
             raise
-        code = _download(settings, inputs, error, show_all=show_all, target=root)
+        with _signals_waited_for() as before:
+            downloading_pid = os.fork()
+            if downloading_pid:
+                code = _follow(downloading_pid)
+            else:  # our single thread: nothing of ours is halfway through anything
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                return _download(settings, inputs, error, show_all=show_all, target=root)
         if code:
             return code
     locations = {"VH_CONFIG_DIR": settings.config_dir, "VH_INPUTS_DIR": settings.inputs_dir}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
+    with _signals_waited_for() as before:
+        try:
+            return _run_to_end(command, locations, before)
+        finally:
+            if running is not None and plan is not None:
+                _unmount(running, plan)
+
+
+@contextlib.contextmanager
+def _signals_waited_for() -> Iterator[set[signal.Signals | int]]:
+    """Holds back what `_follow` waits for; gives the mask as it was."""
+    before: set[signal.Signals | int] = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
     try:
-        return _run_to_end(command, locations, before)
+        yield before
     finally:
-        if running is not None and plan is not None:
-            _unmount(running, plan)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -126,6 +143,11 @@ def _run_to_end(command: tuple[str, ...], locations: dict[str, str], mask: set[s
     except OSError as error:
         output.error(f"cannot run {command[0]}: {error.strerror}")
         return EXIT_NOT_EXECUTABLE
+    return _follow(child)
+
+
+def _follow(child: int) -> int:
+    """Passes signals on to a child until it ends; its exit status, 128+N for signal N. `_signals_waited_for` holds."""
     while True:
         info = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
         if info.si_signo == signal.SIGCHLD:

@@ -80,9 +80,13 @@ def _look(cache_dir: str, found: Segment) -> Held | None:
     if header is None or not _is_named_right(header, digest_hex, index_text):
         return Held(found, digest_hex, None, 0, 0)
     length = segment.segment_bytes(header.size, header.segment_index)
-    present = [block for block, entry in enumerate(segment.decode_table(page)) if entry]
-    content = sum(max(0, min(BLOCK_BYTES, length - block * BLOCK_BYTES)) for block in present)
-    return Held(found, digest_hex, header, len(present), content)
+    # Counted as a whole: a loop over the entries of 130,000 segments takes seconds.
+    entries = segment.decode_table(page)[: segment.blocks_in(length)]
+    blocks = len(entries) - entries.count(0)
+    content = blocks * BLOCK_BYTES
+    if entries and entries[-1]:
+        content -= len(entries) * BLOCK_BYTES - length
+    return Held(found, digest_hex, header, blocks, content)
 
 
 def _is_named_right(header: segment.Header, digest_hex: str, index_text: str) -> bool:

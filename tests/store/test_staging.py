@@ -1,0 +1,168 @@
+"""Streams land in memory first: read there, bounded, used again, given back; and never a wrong byte meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from valohai_fuse.model import segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
+from valohai_fuse.ports import ABSENT, LandingPlace, NotHere, ObjectKey
+from valohai_fuse.store.landing import SegmentWriter, is_memory_path
+from valohai_fuse.store.places import STAGED_IDLE_S
+from valohai_fuse.store.segments import STAGED_BYTES_MIN, SegmentStore
+
+FULL = segment.PAGE_BYTES + SEGMENT_BYTES
+KEY = ObjectKey("datum:stream", 6 * SEGMENT_BYTES)
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[SegmentStore]:
+    """With memory for two segments."""
+    store = SegmentStore(str(tmp_path / "cache"), memory_bytes_max=2 * FULL, monotonic=clock)
+    yield store
+    store.close()
+
+
+def nth(index: int) -> Extent:
+    return Extent(index * SEGMENT_BYTES, (index + 1) * SEGMENT_BYTES)
+
+
+def content(extent: Extent) -> bytes:
+    return bytes([extent.start // SEGMENT_BYTES + 1]) * len(extent)
+
+
+@asynccontextmanager
+async def landed(store: SegmentStore, extent: Extent, version: str = "v") -> AsyncIterator[LandingPlace]:
+    """A fetch of `extent` that has landed and whose order is not over yet."""
+    async with store.landing(KEY, extent, ahead=False, staged=True) as place:
+        assert place is not None
+        where = place.staging_path or place.segment_path
+        with SegmentWriter(where, KEY, extent.start // SEGMENT_BYTES, version) as writer:
+            writer.land(extent.start, content(extent))
+        yield place
+
+
+def read(store: SegmentStore, extent: Extent) -> bytes | NotHere:
+    found = store.read_nowait(KEY, "v", extent)
+    return found if isinstance(found, NotHere) else bytes(found)
+
+
+def test_a_stream_is_read_from_memory_and_nothing_is_on_the_disk_yet(store: SegmentStore) -> None:
+    """What is only staged is there for a reader, and missing for who wants it kept."""
+
+    async def main() -> None:
+        async with landed(store, nth(0)) as place:
+            assert is_memory_path(place.staging_path)
+            assert not is_memory_path(place.segment_path)
+            assert read(store, nth(0)) == content(nth(0))
+            assert store.missing(KEY, "v", nth(0)) == []
+            assert store.missing(KEY, "v", nth(0), to_keep=True) == [nth(0)]
+
+    trio.run(main)
+
+
+def test_small_pieces_and_what_nobody_reads_land_in_the_file(store: SegmentStore) -> None:
+    async def main() -> None:
+        small = Extent(0, STAGED_BYTES_MIN - BLOCK_BYTES)
+        for extent, staged in ((small, True), (nth(0), False)):
+            async with store.landing(KEY, extent, ahead=True, staged=staged) as place:
+                assert place is not None
+                assert place.staging_path == ""
+
+    trio.run(main)
+
+
+def test_what_was_read_to_its_end_goes_first(store: SegmentStore) -> None:
+    """Not the oldest: that may be what somebody is about to read."""
+
+    async def main() -> None:
+        for index in (0, 1):
+            async with landed(store, nth(index)):
+                pass
+        assert read(store, nth(1)) == content(nth(1))
+        async with landed(store, nth(2)):
+            pass
+        assert [read(store, nth(n)) != ABSENT for n in range(3)] == [True, False, True]
+        assert store.statistics().memory_bytes == 2 * FULL
+
+    trio.run(main)
+
+
+def test_under_a_fetch_no_memory_goes_and_without_memory_the_file_is_landed_in(store: SegmentStore) -> None:
+    async def main() -> None:
+        async with landed(store, nth(0)), landed(store, nth(1)), landed(store, nth(2)) as third:
+            assert third.staging_path == ""
+            assert [read(store, nth(n)) for n in range(3)] == [content(nth(n)) for n in range(3)]
+
+    trio.run(main)
+
+
+def test_memory_that_is_used_again_serves_nothing_of_before(store: SegmentStore) -> None:
+    """Neither as what it was nor as what it is now, and a writer of the former segment is turned away."""
+
+    async def main() -> None:
+        async with landed(store, nth(0)) as first, landed(store, nth(1)):
+            pass
+        assert read(store, nth(0)) == content(nth(0))
+        opened = store._places.at_hand((KEY, 0))
+        assert opened is not None
+        memory = os.fstat(opened.fd).st_ino
+        async with store.landing(KEY, nth(2), ahead=False, staged=True) as place:
+            assert place is not None
+            assert os.stat(place.staging_path).st_ino == memory, "this test is about the same memory"
+            assert read(store, nth(2)) is ABSENT
+            assert read(store, nth(0)) is ABSENT
+            with pytest.raises(OSError, match="memory segment is gone"):
+                SegmentWriter(place.staging_path, KEY, 0, "v")
+        assert first.staging_path
+
+    trio.run(main)
+
+
+def test_another_version_in_memory_is_not_served(store: SegmentStore) -> None:
+    async def main() -> None:
+        async with landed(store, nth(0), version="other"):
+            assert isinstance(read(store, nth(0)), NotHere)
+
+    trio.run(main)
+
+
+def test_memory_is_given_back_when_nobody_streams(store: SegmentStore, clock: Clock) -> None:
+    """After a while, by the evictor's pass; not while something lands in it."""
+
+    async def main() -> None:
+        async with landed(store, nth(0)):
+            pass
+        async with landed(store, nth(1)):
+            clock.now_s += STAGED_IDLE_S - 1
+            store.touch_used()
+            assert store.statistics().memory_segments == 2
+            clock.now_s += 2
+            store.touch_used()
+            assert store.statistics().memory_segments == 1
+            assert read(store, nth(1)) == content(nth(1))
+        store.touch_used()
+        assert store.statistics().memory_segments == 0
+
+    trio.run(main)
