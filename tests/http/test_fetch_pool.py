@@ -56,6 +56,7 @@ def test_sequential_orders_use_one_connection(tmp_path: Path) -> None:
 def _memory(order: FetchOrder) -> str:
     """A memory segment for this order, as the store makes them."""
     fd = os.memfd_create(MEMORY_NAME)
+    os.ftruncate(fd, segment.PAGE_BYTES + order.key.size)
     header = segment.encode_header(order.key.stable_id, order.key.size, 0, "")
     os.pwrite(fd, header + segment.EMPTY_TABLE, 0)
     return f"/proc/{os.getpid()}/fd/{fd}"

@@ -46,6 +46,18 @@ class Landing(Protocol):
         """Whole blocks at `offset` of the object. Raises OSError."""
         ...
 
+    def map(self, start: int, stop: int) -> None:
+        """Makes [start, stop) of memory ready for `put`. Raises OSError."""
+        ...
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Bytes to their place in memory, in any cut."""
+        ...
+
+    def vouch(self, offset: int, stop: int) -> None:
+        """The whole blocks that were put there are final. Raises OSError."""
+        ...
+
     def copy_out(self, path: str, key: ObjectKey, version: str, start: int, stop: int) -> None:
         """Writes what has landed in memory to the segment file at `path`. Raises OSError."""
         ...
@@ -345,7 +357,10 @@ class Transfer:
             joined = b"".join(chunks)
             chunks = [joined[: max(0, arrived_bytes - surplus_bytes)]]
             arrived_bytes = len(chunks[0])
-        self._pending += chunks
+        if self.order.staging_path:
+            self._put(chunks)
+        else:
+            self._pending += chunks
         self._pending_bytes += arrived_bytes
 
     def _take_error(self, chunks: list[bytes]) -> None:
@@ -372,27 +387,40 @@ class Transfer:
 
     def _land(self, due_bytes: int, now_s: float) -> Landed:
         order = self.order
-        if self._landing is None:
-            key = ObjectKey(text(order.stable_id), order.size)
-            try:
-                self._landing = self._open_landing(
-                    os.fsdecode(order.staging_path or order.segment_path),
-                    key,
-                    order.start // SEGMENT_BYTES,
-                    self.version,
-                )
-            except ValueError:  # the format bounds what it stores
-                raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
-        waited_s = waits.waited_s()
-        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-        self._landing.land(self._landed_upto, memoryview(data)[:due_bytes])
-        if not order.staging_path:
-            self.disk_wait_s += waits.waited_s() - waited_s
+        landing = self._opened_landing()
         self._pending_bytes -= due_bytes
-        self._pending = [data[due_bytes:]] if self._pending_bytes else []
+        if order.staging_path:
+            landing.vouch(self._landed_upto, self._landed_upto + due_bytes)
+        else:
+            waited_s = waits.waited_s()
+            data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
+            landing.land(self._landed_upto, memoryview(data)[:due_bytes])
+            self.disk_wait_s += waits.waited_s() - waited_s
+            self._pending = [data[due_bytes:]] if self._pending_bytes else []
         self._landed_upto += due_bytes
         self._landed_at_s = now_s
         return Landed(id=order.id, upto=self._landed_upto, version=self.version)
+
+    def _opened_landing(self) -> Landing:
+        if self._landing is None:
+            order = self.order
+            path = os.fsdecode(order.staging_path or order.segment_path)
+            key = ObjectKey(text(order.stable_id), order.size)
+            try:
+                self._landing = self._open_landing(path, key, order.start // SEGMENT_BYTES, self.version)
+            except ValueError:  # the format bounds what it stores
+                raise Rejected(FailureKind.PROTOCOL, "an ETag too long to keep") from None
+            if order.staging_path:
+                self._landing.map(order.start, order.stop)
+        return self._landing
+
+    def _put(self, chunks: list[bytes]) -> None:
+        """Straight to their place in memory, each byte copied once."""
+        landing = self._opened_landing()
+        at = self._landed_upto + self._pending_bytes
+        for chunk in chunks:
+            landing.put(at, chunk)
+            at += len(chunk)
 
 
 def _header_line(name: bytes, value: bytes) -> bytes:

@@ -13,6 +13,7 @@ for a reader waits while this starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -326,6 +327,8 @@ def _curl_mask(mask: int) -> int:
 
 
 def _disk(error: OSError) -> Rejected:
+    if error.errno == errno.ENOMEM:
+        raise MemoryError from error  # not the disk's fault; another worker takes the orders
     return Rejected(FailureKind.DISK, error.strerror or type(error).__name__)
 
 

@@ -67,7 +67,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 class SegmentWriter:
     """Writes blocks of one version of one object into one segment file. One thread uses it at a time."""
 
-    __slots__ = ("_fd", "_first_block", "_seed", "_size", "_start", "_stop")
+    __slots__ = ("_fd", "_first_block", "_mapped", "_mapped_start", "_seed", "_size", "_start", "_stop")
 
     def __init__(self, path: str, key: ObjectKey, segment_index: int, version: Version) -> None:
         """Opens the segment at `path`, making or replacing the file where needed.
@@ -76,6 +76,8 @@ class SegmentWriter:
         segment beyond the object's end.
         """
         self._fd = -1
+        self._mapped: mmap.mmap | None = None
+        self._mapped_start = 0
         length = segment.segment_bytes(key.size, segment_index)
         if length == 0:
             raise ValueError(f"an object of {key.size} bytes has no segment {segment_index}")
@@ -98,29 +100,58 @@ class SegmentWriter:
         it (blocks before the failure may have landed), ValueError for bytes that are not whole blocks of this segment.
         """
         view = memoryview(data)
-        stop = offset + len(view)
-        if offset % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != self._size) or not view:
+        self._check(offset, offset + len(view))
+        write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
+        self._vouch(offset, view)
+
+    def _check(self, offset: int, stop: int) -> None:
+        if offset % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != self._size) or stop <= offset:
             raise ValueError(f"not whole blocks: [{offset}, {stop}) of {self._size} bytes")
         if not self._start <= offset < stop <= self._stop:
             raise ValueError(f"not in this segment: [{offset}, {stop})")
+
+    def _vouch(self, offset: int, blocks: memoryview) -> None:
         block_number = offset // BLOCK_BYTES
-        entries = segment.encode_entries(view, self._seed, block_number)
-        write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
+        entries = segment.encode_entries(blocks, self._seed, block_number)
         write_all(self._fd, entries, segment.entry_offset(block_number - self._first_block))
 
+    def map(self, start: int, stop: int) -> None:
+        """Makes room to `put` bytes [start, stop) of the object, whole blocks, straight into this memory segment.
+
+        Raises OSError when there is not as much memory, ValueError for what is not such a range or no segment of the store's.
+        """
+        self._check(start, stop)
+        self._mapped = mmap.mmap(self._fd, stop - start, _MAPPED, offset=segment.DATA_OFFSET + start - self._start)
+        self._mapped_start = start
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Copies bytes to their place; nobody sees them before `vouch`. Any cut, within what is mapped."""
+        assert self._mapped is not None, "map() comes first"
+        at = offset - self._mapped_start
+        self._mapped[at : at + len(data)] = data
+
+    def vouch(self, offset: int, stop: int) -> None:
+        """Makes the whole blocks [offset, stop), which were put there, present. Raises as `land`."""
+        assert self._mapped is not None, "map() comes first"
+        self._check(offset, stop)
+        with memoryview(self._mapped) as mapped:
+            self._vouch(offset, mapped[offset - self._mapped_start : stop - self._mapped_start])
+
     def copy_out(self, path: str, key: ObjectKey, version: Version, start: int, stop: int) -> None:
-        """Writes blocks [start, stop) of the object, which have landed in this memory segment, to the segment file at `path`,
-        entries included as they were landed: should anybody spoil the memory meanwhile, the file's block does not verify.
+        """Writes blocks [start, stop) of the object, which have landed in this memory segment where it is mapped, to the
+        segment file at `path`, entries included as they were landed: should anybody spoil the memory meanwhile, the file's
+        block does not verify.
 
         Raises OSError as the disk gave it.
         """
+        assert self._mapped is not None, "map() comes first"
         offset = segment.DATA_OFFSET + start - self._start
         first = start // BLOCK_BYTES - self._first_block
         entries = os.pread(self._fd, segment.ENTRY_BYTES * segment.blocks_in(stop - start), segment.entry_offset(first))
         with (
             SegmentWriter(path, key, self._start // SEGMENT_BYTES, version) as file,
-            mmap.mmap(self._fd, stop - start, flags=_MAPPED, prot=mmap.PROT_READ, offset=offset) as memory,
-            memoryview(memory) as data,
+            memoryview(self._mapped) as mapped,
+            mapped[start - self._mapped_start : stop - self._mapped_start] as data,
         ):
             direct = len(data) - len(data) % segment.PAGE_BYTES if len(data) >= _DIRECT_BYTES_MIN else 0
             with _writing_directly(file._fd) as possible:
@@ -132,6 +163,8 @@ class SegmentWriter:
     def close(self) -> None:
         """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""
         fd, self._fd = self._fd, -1
+        if self._mapped is not None:
+            self._mapped.close()
         if fd >= 0:
             os.close(fd)
 

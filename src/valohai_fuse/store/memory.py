@@ -15,6 +15,7 @@ Not thread-safe: the store calls this under its lock.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass, field
 
@@ -148,7 +149,11 @@ class MemorySegments:
 def _new_segment(fd: int, key: ObjectKey, index: int) -> OpenSegment:
     """A segment without a block, whose header says whose it is; in the memfd `fd`, which it takes over, or a new one."""
     if fd < 0:
-        fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC)
+        fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, segment.PAGE_BYTES + segment.segment_bytes(key.size, index))
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK
+        )  # a worker has it mapped: a page that is gone would kill it
     opened = OpenSegment(fd, key, index, never_waits=True)
     os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
     return opened
