@@ -6,6 +6,7 @@ Part of the composition. Everything built here ends with the `AsyncExitStack` it
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class Fetching:
     sizing: Sizing
     flights: Flights
     reader: Reader
+    get_ready: Callable[[], None]
+    """Starts what the first fetch would have to wait for, unless it runs."""
 
     def prefetch(self, keep: Keep, priority: Priority) -> Prefetch:
         """A run over whole files; as many pieces at a time as there may be connections."""
@@ -94,7 +97,7 @@ async def open_fetching(
         window_bytes_max=_within_cache(settings.readahead, settings, share=8),
         window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
     )
-    return Fetching(settings, catalogue, leases, sizing, flights, reader), nursery
+    return Fetching(settings, catalogue, leases, sizing, flights, reader, pool.prewarm), nursery
 
 
 def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:

@@ -122,6 +122,7 @@ class Daemon:
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,
                 attributes_of=facts.attributes if settings.xattrs else None,
+                get_ready=fetching.get_ready,
             )
             await self._serve(nursery, report)
 

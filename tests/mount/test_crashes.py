@@ -118,6 +118,17 @@ def test_a_worker_that_is_killed_is_replaced_and_the_reader_notices_nothing(moun
     assert mount["metrics"]["workers"] == len(workers(daemon))
 
 
+def test_a_worker_is_there_before_the_first_read(mount_inputs: MountInputs) -> None:
+    """Whoever looks at names will read soon: the worker starts then. A mount that nobody looks at has none."""
+    mounted = mount_inputs({"data": {"a.bin": ramp(2 * MIB)}})
+    daemon = daemon_pid(mounted, "data")
+    assert not workers(daemon)
+    assert os.listdir(mounted.path("data")) == ["a.bin"]
+    wait_until("a worker runs", lambda: len(workers(daemon)) == 1)
+    with Reader(mounted.path("data", "a.bin")) as reader:
+        assert reader.said() == whole(mounted.sandbox, "a.bin")
+
+
 def test_a_worker_without_memory_is_replaced_and_the_reader_notices_nothing(mount_inputs: MountInputs) -> None:
     """A worker that can allocate nothing any more (RLIMIT_AS) ends, and another takes its orders."""
     mounted = mount_inputs(

@@ -122,6 +122,7 @@ class WorkerPool:
         self._connections_new = 0
         self._nursery: trio.Nursery | None = None
         self._several_workers = trio.Event()
+        self._prewarmed = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; returns with all workers gone and all orders ended (WORKER_LOST)."""
@@ -139,9 +140,12 @@ class WorkerPool:
                     self._end(queue.pop(0), _lost("the pool is closed"))
 
     def prewarm(self) -> None:
-        """Starts a worker if none runs, so that the first order does not wait for one."""
-        if not self._workers:
-            self._spawn()
+        """Starts the first worker, so that the first order does not wait for one (70 ms and more). Once: where that fails, the
+        orders will say so, not whoever asks for this again and again."""
+        if not self._prewarmed:
+            self._prewarmed = True
+            if not self._workers:
+                self._spawn()
 
     async def fetch(self, order: FetchOrder, landed: Callable[[Landed], None]) -> Fetched:
         """As `ports.Fetcher.fetch`; what `landed` raises ends the order and is raised here. Raises ValueError for an order

@@ -68,7 +68,8 @@ class _LocalHandle:
 
 class Operations(pyfuse3.Operations):
     """The handlers of one mount. `open_local(path)` opens a file that lies on the disk below the mount point;
-    `attributes_of(inode)` gives the user.valohai.* attributes, or is None when they are switched off."""
+    `attributes_of(inode)` gives the user.valohai.* attributes, or is None when they are switched off; `get_ready` is called
+    when somebody shows an interest in a file: what reading needs, and takes time to start, is started then."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -84,8 +85,10 @@ class Operations(pyfuse3.Operations):
         owner: Ownership,
         open_local: Callable[[str], int],
         attributes_of: Callable[[Inode], dict[bytes, bytes]] | None,
+        get_ready: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
+        self._get_ready = get_ready
         self._tree = tree
         self._reader = reader
         self._sizing = sizing
@@ -108,8 +111,10 @@ class Operations(pyfuse3.Operations):
         inode = self._tree.lookup(Inode(parent_inode), name)
         if inode is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        if not self._tree.is_dir(inode) and self._tree.size(inode) is None:
-            await self._sizing.wait_known(inode)
+        if not self._tree.is_dir(inode):
+            self._get_ready()
+            if self._tree.size(inode) is None:
+                await self._sizing.wait_known(inode)
         return self._entry(inode, EntryAttributes())
 
     @guarded(naming=True)
@@ -147,6 +152,7 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:  # noqa: ARG002
         """A snapshot of the names, so that readdir continues where it was."""
         own = Inode(inode)
+        self._get_ready()  # the names come with their attributes: of a file that was listed no look-up will tell
         number = self._number()
         names = [(b".", own), (b"..", self._tree.parent(own)), *self._tree.children(own)]
         self._directories[number] = names
