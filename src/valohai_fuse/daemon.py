@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 WARNINGS_REPORTED_MAX = 20
 
+STAGED_BEHIND_BYTES = 32 * 1024 * 1024
+"""Room for what is being read, or written to the disk, beside what is fetched ahead."""
+
 
 class Daemon:
     """One mount, built from its spec."""
@@ -82,9 +85,8 @@ class Daemon:
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
             room = Room(settings.cache_dir, budget)
-            store = SegmentStore(
-                settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, settings.readahead_total)
-            )
+            staged_bytes = settings.readahead_total + STAGED_BEHIND_BYTES
+            store = SegmentStore(settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, staged_bytes))
             stack.callback(store.close)
             fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
             evictor = Evictor(

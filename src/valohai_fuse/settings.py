@@ -203,7 +203,7 @@ OPTIONS: tuple[Option, ...] = (
     _option(
         "readahead",
         "reading",
-        "64M",
+        "96M",
         parse_bytes,
         "SIZE",
         "How far ahead of a sequential reader to fetch at the most; 0 turns it off.",

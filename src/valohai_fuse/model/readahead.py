@@ -7,8 +7,9 @@ offset 0 begins a sequence; it costs 1 MiB at the most.
 
 Life of a stream: a read near the cursor of a known stream belongs to it (the kernel's own readahead may arrive out of
 order, and a short skip keeps what is in flight); any other read begins a new stream and forgets the least recently used
-one. A window is refilled when it is half empty, in parts that end on segment boundaries: extending it on every read was
-measured at 232 GETs for 256 MiB, half-empty at 76, with aligned ends at about 40.
+one. A window is refilled when a whole segment fits into it (a small one when it is half empty), in parts that end on segment
+boundaries: extending it on every read was measured at 232 GETs for 256 MiB, so at 35. Refilling large windows when they were
+half empty let requests come in bursts: where a connection gives 80 MB/s, a window of 64 MiB made 408 MB/s, now 503.
 
 Pure: the same reads in, the same plans out. Ahead never overlaps demand, never leaves the file, never exceeds the window.
 Knows nothing of what is cached or in flight; the engine subtracts that.
@@ -31,8 +32,9 @@ TRUSTED_RUN_BYTES = 128 * 1024
 """Read in sequence before anything is fetched ahead: one full request of an untuned kernel."""
 
 WINDOW_BYTES_MIN = 1024 * 1024
-WINDOW_GROWTH = 1
-"""The window is this many times what was read in sequence: a stream that stops costs at most as much again."""
+WINDOW_GROWTH = 2
+"""The window is this many times what was read in sequence: a stream that stops costs at most twice as much again, and five
+round trips until the window hides one have become three."""
 
 REORDER_BYTES = 2 * 1024 * 1024
 """How far behind the cursor a late piece of the kernel's readahead may lie (two of its 1 MiB windows)."""
@@ -127,7 +129,7 @@ class Planner:
         if stream.run_bytes < TRUSTED_RUN_BYTES or self.window_bytes_max <= 0:
             return nothing
         window = min(self.window_bytes_max, max(WINDOW_BYTES_MIN, WINDOW_GROWTH * stream.run_bytes))
-        if planned - stream.cursor > window // 2 or planned >= self._size:
+        if planned - stream.cursor > max(window // 2, window - SEGMENT_BYTES) or planned >= self._size:
             return nothing
         target = min(stream.cursor + window, self._size)
         if stream.stop_expected is not None:
@@ -136,7 +138,8 @@ class Planner:
             stream.stop_expected = None
         if target < self._size:
             boundary = target - target % SEGMENT_BYTES
-            target = boundary if boundary > planned + window // 4 else align(planned, target, self._size).stop
+            worth_it = boundary > planned + min(window // 4, SEGMENT_BYTES // 2)
+            target = boundary if worth_it else align(planned, target, self._size).stop
             target = min(target, stream.cursor + window)
             target -= target % (64 * 1024)
         if target <= planned:

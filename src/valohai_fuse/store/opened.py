@@ -22,7 +22,6 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS
 from valohai_fuse.ports import ObjectKey, Version
 
-
 AHEAD_BYTES = 4 * 1024 * 1024
 """So far ahead of a reader that goes on where it was the disk is asked to read. A block device's own readahead is 128 KiB,
 and begins anew with each segment's file."""
