@@ -39,6 +39,8 @@ from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
+from valohai_fuse.store import directory
+from valohai_fuse.store.calls import DiskCalls
 from valohai_fuse.store.evictor import Evictor
 from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import MEMORY_BYTES_MAX, SegmentStore
@@ -84,11 +86,15 @@ class Daemon:
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
-            room = Room(settings.cache_dir, budget)
+            disk = DiskCalls(may_hang=directory.may_hang(settings.cache_dir))
+            room = Room(settings.cache_dir, budget, disk=disk)
             staged_bytes = settings.readahead_total + STAGED_BEHIND_BYTES
-            store = SegmentStore(settings.cache_dir, room=room, memory_bytes_max=max(MEMORY_BYTES_MAX, staged_bytes))
+            memory_bytes_max = max(MEMORY_BYTES_MAX, staged_bytes)
+            store = SegmentStore(settings.cache_dir, room=room, disk=disk, memory_bytes_max=memory_bytes_max)
             stack.callback(store.close)
             fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
+            if disk.may_hang:
+                fetching.get_ready()  # before there is a file open on it, which a new process would have to close first
             evictor = Evictor(
                 settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
             )
@@ -267,6 +273,7 @@ def _first(error: BaseException) -> BaseException:
 def main() -> int:
     """Runs the daemon; 0 after an unmount, 1 after anything else (the report or the log says what)."""
     spec = _read_spec(int(sys.argv[1]))
+    os.set_inheritable(int(sys.argv[2]), False)
     report = ReportPipe(int(sys.argv[2]))
     settings = Settings(**spec.settings)
     subject = ",".join(spec.inputs) if not spec.as_root else "root"

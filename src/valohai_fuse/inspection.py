@@ -34,6 +34,7 @@ OPEN_FILES_SHOWN = 20
 FILES_PER_BREATH = 200
 """A directory is summed up in pieces of this many files, so that reads are answered in between."""
 COUNTED_IN_THREAD_BYTES_MIN = 256 * 1024 * 1024
+COUNTED_WITHIN_S = 10.0
 
 
 class Catalogue:
@@ -93,7 +94,9 @@ class Facts:
         key = self._key(inode)
         if key is None or self._store is None:
             return self._cached_bytes(inode)
-        return await trio.to_thread.run_sync(self._store.cached_bytes, key)
+        with trio.move_on_after(COUNTED_WITHIN_S):
+            return await trio.to_thread.run_sync(self._store.cached_bytes, key, abandon_on_cancel=True)
+        return 0  # who asks what is cached of a disk that does not answer: nothing that is of use
 
     def _of_file(self, inode: Inode) -> dict[str, Any]:
         shown: dict[str, Any] = {

@@ -71,3 +71,19 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_what_lies_in_memory(tmp_path: Path) -> None:
     assert not directory.lies_in_memory("/proc/self")
     assert not directory.lies_in_memory(str(tmp_path / "no such"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hangs"),
+    [("ext4", False), ("tmpfs", False), ("overlay", False), ("nfs4", True), ("fuse.sshfs", True), ("fuse", True)],
+)
+def test_what_a_server_answers_for_may_hang(
+    kind: str, hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the mount table; also for a directory that is still to be made."""
+    device = os.stat(tmp_path).st_dev
+    table = tmp_path / "mountinfo"
+    table.write_text(f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime master:1 - {kind} source rw\n")
+    monkeypatch.setattr(directory, "MOUNT_TABLE", str(table))
+    assert directory.may_hang(str(tmp_path)) is hangs
+    assert directory.may_hang(str(tmp_path / "not" / "yet")) is hangs

@@ -258,3 +258,24 @@ def _ends_within(pid: int, timeout_s: float) -> bool:
         return bool(poller.poll(timeout_s * 1000))
     finally:
         os.close(descriptor)
+
+
+class OtherExecution(MountedSandbox):
+    """The same inputs, mounted a second time elsewhere, as another execution on the host has them."""
+
+    def __init__(
+        self, sandbox: Sandbox, home: Path, name: str, *, cache_dir: str, expected_warnings: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(sandbox, cache_dir=cache_dir, expected_warnings=expected_warnings)
+        self.inputs_dir = os.path.join(home, name)
+        self.runtime_dir = os.path.join(home, f"{name}.run")
+        os.mkdir(self.inputs_dir)
+
+    @property
+    def places(self) -> list[str]:
+        """With an inputs directory of its own."""
+        return [*super().places, f"--inputs-dir={self.inputs_dir}"]
+
+    def path(self, input_name: str, name: str = "") -> Path:
+        """Below that."""
+        return Path(self.inputs_dir, input_name, name)

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.mounts import wait_until
@@ -62,14 +63,22 @@ def _listens(port: int) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where a host has it, and the process that answers for it there."""
+
+    mountpoint: Path
+    pid: int
+
+
 @contextlib.contextmanager
-def mounted(options: list[str], directory: Path, mountpoint: Path) -> Iterator[Path]:
+def mounted(options: list[str], directory: Path, mountpoint: Path) -> Iterator[Host]:
     """`directory`, as a host over there would see it."""
     mountpoint.mkdir()
     client = subprocess.Popen(["sshfs", "-f", *options, f"127.0.0.1:{directory}", str(mountpoint)])
     try:
         wait_until("sshfs is mounted", lambda: os.path.ismount(mountpoint))
-        yield mountpoint
+        yield Host(mountpoint, client.pid)
     finally:
         subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], check=False)
         client.wait(10)

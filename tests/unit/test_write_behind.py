@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import select
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,28 @@ def test_no_more_waits_than_the_bound(behind: WriteBehind) -> None:
     wait_ended(behind, 1)
     assert behind.offer(Job(1, wait, None))
     wait_ended(behind, 1)
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(behind: WriteBehind) -> None:
+    """What it owes is given up when its time has come, nothing is offered to it meanwhile, and its late end is no news."""
+    gate = threading.Event()
+    jobs = [Job(1, lambda: assert_set(gate), None) for _ in range(2)]
+    assert all(behind.offer(job) for job in jobs)
+    give_up_at_s = behind.give_up_at_s or 0.0
+    assert behind.given_up(give_up_at_s - 1) == []
+    assert behind.given_up(give_up_at_s + 1) == jobs
+    assert (behind.give_up_at_s, give_up_at_s > 0) == (None, True)
+    assert not behind.offer(Job(1, lambda: assert_set(gate), None))
+    gate.set()
+    deadline = time.monotonic() + 10
+    while not behind.offer(after := Job(1, lambda: None, None)):
+        assert time.monotonic() < deadline
+        assert behind.ended() == []
+    assert [ended.job for ended in wait_ended(behind, 1)] == [after]
+
+
+def assert_set(gate: threading.Event) -> None:
+    assert gate.wait(10)
 
 
 def test_a_refusal_is_the_disks_unless_it_is_memory_that_lacks(behind: WriteBehind) -> None:

@@ -5,7 +5,7 @@ is offered beyond is refused. It stays in memory for its readers and is simply n
 network gets as much as it can take, and the network goes on.
 
 Threads: `offer`, `ended` and `close` belong to the worker's loop, `_write_all` is the thread. They share two queues; `fd`
-becomes readable when `ended` has something. A job is done with once its writing has ended, whatever came of it.
+becomes readable when `ended` has something. A job is done with once its writing has ended, whatever came of it, or it is given up.
 Must not know: HTTP, what a segment file looks like.
 """
 
@@ -15,6 +15,7 @@ import errno
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -23,11 +24,12 @@ from valohai_fuse.fetch.wire import Done
 
 QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 """Half a second of a disk that writes 64 MB/s; a faster one never has as much waiting."""
+PATIENCE_S: Final = 3.0
 _CLOSE_WITHIN_S: Final = 1.0
 """The daemon kills a worker that has not ended two seconds after it was asked to."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """One order's bytes, to be written by calling `write` (which may raise OSError)."""
 
@@ -54,13 +56,18 @@ class WriteBehind:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self._waiting_bytes = 0
+        self._patient: dict[Job, float] = {}
+        """The jobs that are waited for, and until when; in order."""
+        self._given_up = 0
+        """How many jobs were given up and have not ended."""
         self._thread: threading.Thread | None = None
 
     def offer(self, job: Job) -> bool:
-        """Takes the job, unless too much is waiting already."""
-        if self._waiting_bytes and self._waiting_bytes + job.byte_count > QUEUE_BYTES_MAX:
+        """Takes the job, unless too much is waiting already, or the disk does not answer."""
+        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.byte_count > QUEUE_BYTES_MAX):
             return False
         self._waiting_bytes += job.byte_count
+        self._patient[job] = time.monotonic() + PATIENCE_S
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_all, name="write-behind", daemon=True)
             self._thread.start()
@@ -76,8 +83,25 @@ class WriteBehind:
             except BlockingIOError:
                 return found
         while not self._ended.empty():
-            found.append(self._ended.get())
-            self._waiting_bytes -= found[-1].job.byte_count
+            ended = self._ended.get()
+            self._waiting_bytes -= ended.job.byte_count
+            if self._patient.pop(ended.job, None) is None:
+                self._given_up -= 1
+            else:
+                found.append(ended)
+        return found
+
+    @property
+    def give_up_at_s(self) -> float | None:
+        """When `given_up` will have something, should nothing happen (`time.monotonic`)."""
+        return next(iter(self._patient.values()), None)
+
+    def given_up(self, now_s: float) -> list[Job]:
+        """The jobs that are not waited for any longer."""
+        found = [job for job, give_up_at_s in self._patient.items() if give_up_at_s <= now_s]
+        for job in found:
+            del self._patient[job]
+        self._given_up += len(found)
         return found
 
     def close(self) -> None:

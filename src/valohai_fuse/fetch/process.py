@@ -7,8 +7,10 @@ hold nothing secret.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -28,16 +30,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                # Popen on this thread on purpose: it is one vfork and exec, about a millisecond. `process_group=0` keeps
-                # a Ctrl-C on the terminal from reaching the worker before it can ignore it.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "valohai_fuse.fetch.worker", str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=child_environment(),
-                    process_group=0,
-                )
+                self._pid = _spawn(theirs.fileno())
             except BaseException:
                 ours.close()
                 raise
@@ -50,7 +43,7 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         """The process id, for the log and for tests."""
-        return self._process.pid
+        return self._pid
 
     def post(self, data: bytes) -> None:
         """Sends a framed message now or as soon as the socket takes it. To a worker that is gone: nothing happens here,
@@ -122,16 +115,39 @@ class WorkerProcess:
     async def _reap(self) -> None:
         """The worker ends by itself when its socket has; one that does not within two seconds is killed."""
         with trio.move_on_after(2):
-            await self._wait()
+            await _wait_until_dead(self._pid)
             return
-        self._process.kill()
-        await self._wait()
-
-    async def _wait(self) -> None:
-        while self._process.poll() is None:
-            await trio.to_thread.run_sync(_wait_until_dead, self._process, abandon_on_cancel=True)
+        os.kill(self._pid, signal.SIGKILL)
+        await _wait_until_dead(self._pid)
 
 
-def _wait_until_dead(process: subprocess.Popen[bytes]) -> None:
-    """In a thread, which may be abandoned: it ends with the process, which is killed in the end."""
-    process.wait()
+def _spawn(descriptor: int) -> int:
+    """Starts a worker on its end of the conversation; returns its process id. Raises OSError.
+
+    On this thread on purpose: about a millisecond. Not `subprocess`: that waits until the child has closed what it inherits,
+    which can take for ever with a cache file on a network file system whose server is gone.
+    """
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", "valohai_fuse.fetch.worker", str(descriptor)],
+        child_environment(),
+        file_actions=(
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, descriptor, descriptor),  # onto itself: it is inherited, everything else is not
+        ),
+        setpgroup=0,  # keeps a Ctrl-C on the terminal from reaching the worker before it can ignore it
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+    )
+
+
+async def _wait_until_dead(pid: int) -> None:
+    """Until our child has ended, and been reaped. Cancelled, it is not reaped."""
+    with contextlib.suppress(ChildProcessError):
+        # In a thread, which may be abandoned: it ends with the process, which is killed in the end.
+        await trio.to_thread.run_sync(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT, abandon_on_cancel=True)
+        _bury(pid)
+
+
+def _bury(pid: int) -> None:
+    os.waitpid(pid, os.WNOHANG)

@@ -96,6 +96,7 @@ class Worker:
                 else:
                     self._multi.socket_action(fd, _curl_mask(mask))
             now_s = time.monotonic()
+            self._give_up_writing(now_s)
             if self._curl_timer_at_s is not None and now_s >= self._curl_timer_at_s:
                 self._curl_timer_at_s = None
                 self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
@@ -124,7 +125,7 @@ class Worker:
 
     def _wait_s(self) -> float | None:
         """How long epoll may sleep; None: until something happens."""
-        moments = [] if self._curl_timer_at_s is None else [self._curl_timer_at_s]
+        moments = [at_s for at_s in (self._curl_timer_at_s, self._behind.give_up_at_s) if at_s is not None]
         for transfer in self._transfers.values():
             moments.append(transfer.progress_at_s + self._configure.stall_timeout_s)
             if (land_at_s := transfer.land_at_s) is not None:
@@ -290,6 +291,11 @@ class Worker:
             if ended.job.done is not None:
                 done = msgspec.structs.replace(ended.job.done, is_kept=ended.is_written, disk_error=ended.disk_error)
                 self._post(done)
+
+    def _give_up_writing(self, now_s: float) -> None:
+        for job in self._behind.given_up(now_s):
+            if job.done is not None:
+                self._post(msgspec.structs.replace(job.done, is_kept=False))
 
     def _fail(self, transfer: Transfer, rejected: Rejected) -> None:
         if rejected.kind is FailureKind.TRANSIENT:

@@ -12,7 +12,27 @@ import stat
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model.segment import FORMAT_DIRECTORY
 
+MOUNT_TABLE = "/proc/self/mountinfo"
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
+_SERVED_FILE_SYSTEMS = frozenset(
+    {
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "gfs2",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "smb3",
+        "virtiofs",
+    }
+)
+"""Those that hang when a server, or another host, is gone; and everything on FUSE, where a process is the server."""
 
 
 def prepare(cache_dir: str) -> str:
@@ -68,14 +88,27 @@ def _check(path: str) -> None:
 
 def lies_in_memory(path: str) -> bool:
     """Whether `path` is on a file system that has no disk below it, so that reading it never waits."""
+    return _file_system(path) in _MEMORY_FILE_SYSTEMS
+
+
+def may_hang(path: str) -> bool:
+    """Whether `path`, or what there is of it, is on a file system that somebody else has to answer for."""
+    while not os.path.lexists(path) and path not in {"", "/"}:
+        path = os.path.dirname(path)
+    kind = _file_system(path or ".")
+    return kind in _SERVED_FILE_SYSTEMS or kind.partition(".")[0] in {"fuse", "fuseblk"}
+
+
+def _file_system(path: str) -> str:
+    """The type of the file system that `path` is on, as the mount table has it; "" where that cannot be told."""
     try:
         device = os.stat(path).st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        with open(MOUNT_TABLE, encoding="utf-8", errors="replace") as mounts:
             for line in mounts:
                 fields, _, rest = line.partition(" - ")
                 if fields.split(" ")[2] == wanted:
-                    return rest.split(" ", 1)[0] in _MEMORY_FILE_SYSTEMS
+                    return rest.split(" ", 1)[0]
     except (OSError, IndexError):
-        return False
-    return False
+        pass
+    return ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from valohai_fuse.model import segment
@@ -45,6 +46,7 @@ class OpenSegment:
 
     __slots__ = (
         "__weakref__",
+        "_close",
         "_first_block",
         "_header",
         "_next_block",
@@ -58,9 +60,13 @@ class OpenSegment:
         "used",
     )
 
-    def __init__(self, fd: int, key: ObjectKey, index: int, *, never_waits: bool) -> None:
-        """Takes over `fd`. `never_waits`: the file is in memory, an ordinary read of it is as good as a nowait one."""
+    def __init__(
+        self, fd: int, key: ObjectKey, index: int, *, never_waits: bool, close: Callable[[int], object] = os.close
+    ) -> None:
+        """Takes over `fd`, to be given back by `close`, in any thread. `never_waits`: the file is in memory, an ordinary read
+        of it is as good as a nowait one."""
         self.fd = fd
+        self._close = close
         self.key = key
         self.index = index
         self.never_waits = never_waits
@@ -75,14 +81,16 @@ class OpenSegment:
         self._next_block = 0
         """Behind what was read last; a hint, so threads may race for it."""
 
-    def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - bound early: modules are gone at exit
-        close(self.fd)
+    def __del__(self) -> None:
+        self._close(self.fd)
 
     @classmethod
-    def open(cls, path: str, key: ObjectKey, index: int, *, never_waits: bool) -> OpenSegment:
+    def open(
+        cls, path: str, key: ObjectKey, index: int, *, never_waits: bool, close: Callable[[int], object] = os.close
+    ) -> OpenSegment:
         """Opens a cache file for reading, without looking into it yet. Raises OSError."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        opened = cls(fd, key, index, never_waits=never_waits)
+        opened = cls(fd, key, index, never_waits=never_waits, close=close)
         found = os.fstat(fd)
         opened.file_id = (found.st_dev, found.st_ino)
         return opened

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from cachetools import LRUCache, TTLCache
 
 from valohai_fuse.model import segment
 from valohai_fuse.ports import ObjectKey
+from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.health import RateLimitedLog
 from valohai_fuse.store.memory import MemorySegments
 from valohai_fuse.store.opened import Contents, OpenSegment
@@ -53,6 +55,7 @@ class Places:
         self,
         home: str,
         *,
+        disk: DiskCalls,
         descriptors_max: int,
         memory_bytes_max: int,
         never_waits: bool,
@@ -61,6 +64,9 @@ class Places:
     ) -> None:
         """`never_waits`: the directory is in memory, so reading it needs no care."""
         self._home = home
+        self._disk = disk
+        self._close = functools.partial(disk.later, os.close) if disk.may_hang else os.close  # type: ignore[call-arg]
+        """A network file system may want to be told, and waited for, when a file is closed."""
         self._never_waits = never_waits
         self._warnings = warnings
         self._lock = threading.Lock()
@@ -117,9 +123,9 @@ class Places:
     # --- looking ------------------------------------------------------------------------------------------------------
 
     def at_hand(self, place: Place) -> OpenSegment | None:
-        """The segment as it was last seen, without any system call."""
+        """The segment as it was last seen, without any system call. No file of a disk that is stuck."""
         with self._lock:
-            return self._memory.get(*place) or self._opened.get(place)
+            return self._memory.get(*place) or (None if self._disk.stuck else self._opened.get(place))
 
     def look_in_memory(self, place: Place, *, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
         """The segment in memory as of now, if there is one with any block."""
@@ -131,19 +137,29 @@ class Places:
         return places if places and any(places[0][1].entries) else []
 
     def look(self, place: Place, *, nowait: bool, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
-        """Where blocks of the segment are, as of now. Raises BlockingIOError with `nowait`, nothing else."""
+        """Where blocks of the segment are, as of now; a disk that is stuck has none.
+
+        Raises BlockingIOError with `nowait`, nothing else.
+        """
         places = self.look_in_memory(place, to_keep=to_keep)
         if not self.avoids_file(place):
             try:
-                opened = self._file(place)
-                if opened is not None:
-                    self._refresh(opened, places, nowait=nowait)
+                places += self._disk.call(self._look_at_file, place, nowait=nowait)
             except BlockingIOError:
                 raise
+            except NotAnsweringError:
+                pass
             except OSError as error:
                 if nowait:
                     raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread") from error
                 self.unreadable(place, error)
+        return places
+
+    def _look_at_file(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
+        places: list[tuple[OpenSegment, Contents]] = []
+        opened = self._file(place)
+        if opened is not None:
+            self._refresh(opened, places, nowait=nowait)
         return places
 
     @staticmethod
@@ -174,13 +190,13 @@ class Places:
     def _open(self, path: str, place: Place) -> OpenSegment:
         key, index = place
         try:
-            return OpenSegment.open(path, key, index, never_waits=self._never_waits)
+            return OpenSegment.open(path, key, index, never_waits=self._never_waits, close=self._close)
         except OSError as error:
             if error.errno not in {errno.EMFILE, errno.ENFILE}:
                 raise
         with self._lock:
             self._opened.clear()
-        return OpenSegment.open(path, key, index, never_waits=self._never_waits)
+        return OpenSegment.open(path, key, index, never_waits=self._never_waits, close=self._close)
 
     def _forget(self, place: Place) -> None:
         with self._lock:
@@ -188,8 +204,7 @@ class Places:
 
     def discard(self, place: Place) -> None:
         """Removes the segment; who reads it now still has its bytes. Raises nothing: at worst it stays."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path(place))
+        self._disk.later(os.unlink, self.path(place))
         with self._lock:
             self._opened.pop(place, None)
             self._memory.discard(*place)
@@ -201,8 +216,7 @@ class Places:
         with self._lock:
             indexes = set(self._memory.indexes(key))
         try:
-            with os.scandir(fan_out) as entries:
-                names = [entry.name for entry in entries if entry.name.startswith(prefix)]
+            names = [name for name in self._disk.call(os.listdir, fan_out) if name.startswith(prefix)]
         except OSError:
             names = []
         for name in names:

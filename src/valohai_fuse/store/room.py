@@ -32,6 +32,7 @@ import trio
 
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.segment import FORMAT_DIRECTORY
+from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 
 log = logging.getLogger("valohai_fuse.store")
 
@@ -62,8 +63,9 @@ class Baseline:
 class Room:
     """The room of one cache directory as this process sees it."""
 
-    def __init__(self, cache_dir: str, budget: Budget) -> None:
-        """Touches nothing yet."""
+    def __init__(self, cache_dir: str, budget: Budget, *, disk: DiskCalls | None = None) -> None:
+        """Touches nothing yet. `disk` is the way to it, by default of one that never hangs."""
+        self._disk = disk or DiskCalls(may_hang=False)
         self._cache_dir = cache_dir
         self._shares_dir = os.path.join(cache_dir, FORMAT_DIRECTORY, SHARES_DIRECTORY)
         self._budget = budget
@@ -97,7 +99,19 @@ class Room:
     # --- taking and giving back (event loop) --------------------------------------------------------------------------
 
     def reserve(self, byte_count: int) -> bool:
-        """Takes room for `byte_count` bytes on disk, if there is any. Waits for nothing."""
+        """Takes room for `byte_count` bytes on disk, if there is any. Waits for nothing; a disk that is stuck has none."""
+        taken: list[bool] = []
+        try:
+            fits, pressed = self._disk.call(self._take, byte_count, taken)
+        except NotAnsweringError:
+            self._disk.later(self._untake, byte_count, taken)
+            return False
+        if pressed or not fits:
+            self.wanted.set()
+        return fits
+
+    def _take(self, byte_count: int, taken: list[bool]) -> tuple[bool, bool]:
+        """Whether there was room, and whether it is getting tight; `taken` says the first to who has stopped waiting."""
         with self._lock:
             self._granted += byte_count
             self._publish()
@@ -105,9 +119,12 @@ class Room:
             if not fits:
                 self._granted -= byte_count
                 self._publish()
-        if pressed or not fits:
-            self.wanted.set()
-        return fits
+        taken.append(fits)
+        return fits, pressed
+
+    def _untake(self, byte_count: int, taken: list[bool]) -> None:
+        if taken == [True]:
+            self._give_back(byte_count)
 
     async def reserve_soon(self, byte_count: int, patience_s: float) -> bool:
         """The same, waiting up to `patience_s` for others to end or for the evictor; not once that has found nothing twice."""
@@ -125,10 +142,13 @@ class Room:
 
     def release(self, byte_count: int) -> None:
         """The fetch for which room was taken is over; what it landed is the directory's."""
+        self._disk.later(self._give_back, byte_count)
+        self.notify()
+
+    def _give_back(self, byte_count: int) -> None:
         with self._lock:
             self._over += byte_count
             self._publish()
-        self.notify()
 
     def notify(self, *, fruitless: bool = False) -> None:
         """Wakes those who wait for room. `fruitless`: a pass has looked for what could go and found nothing."""

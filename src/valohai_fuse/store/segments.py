@@ -5,7 +5,8 @@ What goes wrong with the disk is absence for the reader, never an error:
 - a block that does not verify loses its entry and is fetched again (`store.places`);
 - a disk that refuses writes gets no more for a while, new segments go to memory, what the disk holds is still read
   (`store.health`);
-- a disk that does not answer within `patience_s` is not waited for.
+- a disk that does not answer within `patience_s` is not waited for;
+- a file system that can hang as a whole is called through `store.calls`, and while it is stuck there is nothing in it.
 
 Threads: everything here belongs to the event loop, except `cached_bytes`, which may run anywhere, and the inside of `read`,
 which runs in threads of a limiter of its own. What they share is in `Places`, which is made for that.
@@ -29,6 +30,7 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor, split_by_segment
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, LandingPlace, NotHere, ObjectKey, Version
 from valohai_fuse.store import directory
+from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.claims import Claims
 from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
 from valohai_fuse.store.opened import Contents, OpenSegment
@@ -41,6 +43,8 @@ STAGED_BYTES_MIN = 1024 * 1024
 DESCRIPTORS_MAX = 1024
 READING_THREADS = 8
 PATIENCE_S = 10.0
+SERVED_PATIENCE_S = 3.0
+"""The same where a server may be gone, or slow for so long that fetching again is no worse."""
 ROOM_PATIENCE_S = 2.0
 """How long a fetch that somebody waits for waits for room on the disk before it lands in memory."""
 _ROOM_PATIENCE_AHEAD_S = 0.5
@@ -80,13 +84,15 @@ class SegmentStore:
         cache_dir: str,
         *,
         room: Room | None = None,
+        disk: DiskCalls | None = None,
         memory_bytes_max: int = MEMORY_BYTES_MAX,
         descriptors_max: int | None = None,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Makes the directory where it is missing. Where that cannot be done, everything stays in memory (WARNING).
         With `room`, nothing lands on the disk that was not granted there first (an `Evictor` on the same room must run).
+        `disk` is the room's; by default one that never hangs.
 
         Raises ConfigurationError for a directory that is not safe to use.
         """
@@ -95,8 +101,9 @@ class SegmentStore:
         self._cache_dir = cache_dir
         self._home = os.path.join(cache_dir, segment.FORMAT_DIRECTORY)
         self._room = room
+        self._disk = disk or DiskCalls(may_hang=False)
         self._claims = Claims(cache_dir)
-        self._patience_s = patience_s
+        self._patience_s = patience_s or (SERVED_PATIENCE_S if self._disk.may_hang else PATIENCE_S)
         self._limiter = trio.CapacityLimiter(READING_THREADS)
         self._warnings = RateLimitedLog(monotonic)
         self._health = DiskHealth(monotonic)
@@ -109,6 +116,7 @@ class SegmentStore:
             self._health.failed(_reason(error))
         self._places = Places(
             self._home,
+            disk=self._disk,
             descriptors_max=descriptors_max,
             memory_bytes_max=memory_bytes_max,
             never_waits=directory.lies_in_memory(self._home),
@@ -119,15 +127,19 @@ class SegmentStore:
     def close(self) -> None:
         """Gives all descriptors back; a read that is still in a thread keeps its own until it is done."""
         self._places.close()
-        self._claims.close()
+        self._disk.later(self._claims.close)
         if self._room is not None:
-            self._room.close()
+            self._disk.later(self._room.close)
 
     def statistics(self) -> StoreStatistics:
         """How things stand."""
         open_segments, memory_segments, memory_bytes = self._places.counts()
         return StoreStatistics(
-            open_segments, memory_segments, memory_bytes, self._places.blocks_distrusted, self._health.well
+            open_segments,
+            memory_segments,
+            memory_bytes,
+            self._places.blocks_distrusted,
+            self._health.well and not self._disk.stuck,
         )
 
     def touch_used(self) -> None:
@@ -150,11 +162,16 @@ class SegmentStore:
 
     async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
         """The bytes of `extent`, read in a thread; ABSENT when the disk takes longer than the store's patience."""
+        if self._disk.stuck:
+            found = self.read_nowait(key, version, extent)
+            return ABSENT if found is COLD else found
         with trio.move_on_after(self._patience_s):
             return await trio.to_thread.run_sync(
                 self.read_blocking, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
             )
         self._warnings.warn("slow", f"the cache disk did not answer for {self._patience_s:g} s; fetching again instead")
+        if self._is_stuck():
+            return ABSENT  # which is no fault of these segments
         for part in split_by_segment(extent):
             self._places.fault((key, part.start // SEGMENT_BYTES))
         return ABSENT
@@ -321,6 +338,9 @@ class SegmentStore:
     def _file_path(self, place: Place) -> str | None:
         """The segment's file, if the disk may be asked to take it."""
         path = self._places.path(place)
+        if self._disk.stuck:
+            self._disk_refused("it does not answer")
+            return None
         if self._places.avoids_file(place) or not self._health.takes_writes():
             return None
         try:
@@ -330,6 +350,12 @@ class SegmentStore:
             self._disk_refused(_reason(error))
             return None
         return path
+
+    def _is_stuck(self) -> bool:
+        """Asks the disk for a sign of life."""
+        with contextlib.suppress(OSError):
+            self._disk.call(os.lstat, self._home)
+        return self._disk.stuck
 
     @contextlib.contextmanager
     def _standing_in(self, place: Place) -> Iterator[str]:
@@ -344,10 +370,13 @@ class SegmentStore:
 
     @contextlib.contextmanager
     def _staging(self, place: Place, extent: Extent, *, staged: bool) -> Iterator[str]:
-        """Memory for a large piece that somebody is about to read; "" where there is no use or no room for it."""
+        """Memory for a large piece that somebody is about to read; "" where there is no use or no room for it.
+
+        Where the disk may hang it is used for everything: a worker's thread hangs then, and not the worker.
+        """
         with contextlib.ExitStack() as stack:
             path = None
-            if staged and len(extent) >= STAGED_BYTES_MIN:
+            if (staged and len(extent) >= STAGED_BYTES_MIN) or self._disk.may_hang:
                 with contextlib.suppress(OSError):
                     path = stack.enter_context(self._places.in_memory(place, stands_in=False))
             yield path or ""
@@ -362,7 +391,7 @@ class SegmentStore:
         """
         place = (key, extent.start // SEGMENT_BYTES)
         path = self._file_path(place)
-        with self._staging(place, extent, staged=staged and path is not None) as staging:
+        with self._staging(place, extent, staged=staged) if path else contextlib.nullcontext("") as staging:
             if path is None or not (staging or self._pace.affordable()):
                 with self._standing_in(place) as memory:
                     yield LandingPlace(memory)
@@ -406,11 +435,14 @@ class SegmentStore:
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
-        return self._claims.claim(*_claimed(self._places, key, extent))
+        try:
+            return self._disk.call(self._claims.claim, *_claimed(self._places, key, extent))
+        except NotAnsweringError:
+            return True
 
     def unclaim(self, key: ObjectKey, extent: Extent) -> None:
         """Takes `claim` back."""
-        self._claims.release(*_claimed(self._places, key, extent))
+        self._disk.later(self._claims.release, *_claimed(self._places, key, extent))
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
         """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
@@ -421,20 +453,25 @@ class SegmentStore:
         self._health.failed(detail)
         self._prepared = False  # the directory may have been deleted under us: made again when the disk is tried again
         self._fan_out_made.clear()
-        self._claims.close()  # on a file that may be gone; without them, at worst something is fetched twice
+        self._disk.later(
+            self._claims.close
+        )  # on a file that may be gone; without them, at worst something is fetched twice
         self._places.forget_files()  # who deleted files to make room gets it only when nobody has them open
 
     def _prepare(self) -> None:
         if not self._prepared:
-            directory.prepare(self._cache_dir)
-            if not os.access(self._home, os.W_OK | os.X_OK):
-                raise OSError(errno.EROFS, "not writable")
+            self._disk.call(self._prepare_directory)
             self._prepared = True
+
+    def _prepare_directory(self) -> None:
+        directory.prepare(self._cache_dir)
+        if not os.access(self._home, os.W_OK | os.X_OK):
+            raise OSError(errno.EROFS, "not writable")
 
     def _make_fan_out(self, path: str) -> None:
         if path not in self._fan_out_made:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
+                self._disk.call(os.mkdir, path, 0o700)
             self._fan_out_made.add(path)
 
 
@@ -446,4 +483,6 @@ def _claimed(places: Places, key: ObjectKey, extent: Extent) -> tuple[str, int, 
 
 
 def _reason(error: OSError | ConfigurationError) -> str:
+    if isinstance(error, NotAnsweringError):
+        return "it does not answer"
     return error.message if isinstance(error, ConfigurationError) else error.strerror or type(error).__name__
