@@ -22,6 +22,9 @@ from support.reader_process import Readers, ReadOutcome, digest_of
 from valohai_fuse.sandbox.content import Ramp, read_all
 
 SIZE_BYTES = 40_000_000
+DEADLINE_SLACK_S = 5.0
+HANGS_S = 20.0
+"""Far more than a healthy read takes on a busy machine."""
 RATE_BYTES_PER_S = 10_000_000
 """Of each connection to the store, so that a stream takes long enough to be interrupted."""
 _CLONE_NEWNET = 0x40000000
@@ -104,6 +107,20 @@ def test_a_store_that_is_away_for_a_minute(mount_inputs: MountInputs, readers: R
     store_away(mounted, readers, 60.0, 200.0)
 
 
+def fetch_retries(mounted: MountedSandbox) -> float:
+    """How many fetches have been repeated so far."""
+    (mount,) = mounted.status()["mounts"]
+    return float(mount["metrics"]["fetch_retries"])
+
+
+@contextlib.contextmanager
+def at_once(mounted: MountedSandbox) -> Iterator[None]:
+    """What is read inside the block needs no second try, and so no pause: that it came at once, on a machine of any speed."""
+    before = fetch_retries(mounted)
+    yield
+    assert fetch_retries(mounted) == before
+
+
 def past_the_deadline(mounted: MountedSandbox, readers: Readers, deadline_s: float) -> None:
     """Down for longer than a read waits, then back."""
     mounted.sandbox.stop_store()
@@ -116,11 +133,13 @@ def past_the_deadline(mounted: MountedSandbox, readers: Readers, deadline_s: flo
         for future in pending:
             outcome = future.result()
             assert outcome.errno == errno.ETIMEDOUT
-            assert deadline_s * 0.85 <= outcome.took_s <= deadline_s * 1.5 + 0.5  # not twice: the kernel asks twice
+            # Not twice, though the kernel asks twice: for a short deadline that is the narrower of the two bounds.
+            assert outcome.took_s <= min(deadline_s + DEADLINE_SLACK_S, 1.9 * deadline_s)
+            assert outcome.took_s >= max(deadline_s - DEADLINE_SLACK_S, 0.85 * deadline_s)
     mounted.sandbox.start_store()
-    outcome = readers.read(mounted.path("data", "a.bin"), [(0, 5000)])
+    with at_once(mounted):
+        outcome = readers.read(mounted.path("data", "a.bin"), [(0, 5000)], HANGS_S)
     assert (outcome.errno, outcome.digest) == (0, digest_of(read_all(Ramp(SIZE_BYTES), 0, 5000)))
-    assert outcome.took_s < 1.5
 
 
 def test_a_store_that_is_away_for_too_long(mount_inputs: MountInputs, readers: Readers) -> None:
@@ -151,9 +170,9 @@ def test_an_api_that_is_away_while_urls_are_valid(how: str, mount_inputs: MountI
         mounted.sandbox.stop_api()
     else:
         mounted.sandbox.api.delay_s = 1000.0
-    outcome = readers.read(mounted.path("data", "a.bin"))
+    # HANGS_S, for an API that is waited for would take its 30 s.
+    outcome = readers.read(mounted.path("data", "a.bin"), None, HANGS_S)
     assert (outcome.errno, outcome.digest) == (0, whole())
-    assert outcome.took_s < 5
     if how == "silent":
         wait_until("a renewal was tried", lambda: mounted.sandbox.api.renewals() == 1)
 
@@ -208,9 +227,8 @@ def test_a_network_that_stays_away(
         assert time.monotonic() - began < 1
         assert outcome.result().errno == errno.ETIMEDOUT
     own_network("up")
-    found = readers.read(mounted.path("data", "a.bin"), [(20_000_000, 20_005_000)])
-    assert found.errno == 0
-    assert found.took_s < 2.5
+    with at_once(mounted):
+        assert readers.read(mounted.path("data", "a.bin"), [(20_000_000, 20_005_000)], HANGS_S).errno == 0
 
 
 def test_hours_pass_in_between(mount_inputs: MountInputs, readers: Readers) -> None:

@@ -103,14 +103,14 @@ def test_progress_permits_another_renewal() -> None:
 
 
 def test_transient_backs_off_and_ends_by_the_deadline() -> None:
-    """The limit doubles up to 15 s; the last error names its cause."""
+    """The limit doubles up to 15 s; the last pause is cut so that there is a try just before the end; the error names its cause."""
     state, elapsed_s, delays = _state(), 0.0, []
     while isinstance(decision := _after(state, FailureKind.TRANSIENT, elapsed_s), RetryAfter):
         delays.append(decision.delay_s)
         elapsed_s += decision.delay_s
     assert delays[:4] == [0.1, 0.2, 0.4, 0.8]
     assert max(delays) == 7.5
-    assert 285 < elapsed_s <= 300
+    assert 299 <= elapsed_s <= 300
     assert isinstance(decision, GiveUp)
     assert decision.error_class is DeadlineExceededError
     assert "why" in decision.message

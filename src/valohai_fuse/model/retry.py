@@ -32,6 +32,9 @@ from valohai_fuse.errors import (
 )
 from valohai_fuse.model.failure import FailureKind, FetchFailed
 
+LAST_TRY_S: Final = 1.0
+"""A pause that would end after the deadline is cut to end this much before it: giving up there instead would tell the reader up to
+a whole pause early, and the store may be back by then."""
 RETRY_AFTER_MAX_S: Final = 60.0
 """A store that asks for more is asked again after this: hours in a Retry-After are a misconfiguration more often than not."""
 FRESH_URL_S: Final = 30.0
@@ -157,6 +160,8 @@ class RetryState:
         delay_s = limit_s * self._random()
         if failure.retry_after_s is not None and failure.retry_after_s > 0:
             delay_s += min(failure.retry_after_s, RETRY_AFTER_MAX_S)
+        elif remaining_s > LAST_TRY_S:
+            delay_s = min(delay_s, remaining_s - LAST_TRY_S)
         if delay_s >= remaining_s:
             return _too_late(failure, elapsed_s)
         return RetryAfter(delay_s)
