@@ -130,6 +130,22 @@ def test_a_read_ends_at_its_deadline() -> None:
     run(scenario, {"a": MIB})
 
 
+def test_a_deadline_in_the_middle_of_a_try_says_what_became_of_the_last_one() -> None:
+    """The error names the reason why it took so long, not only that it did."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.script("a", Script(failure=FetchFailed(FailureKind.TRANSIENT, "the certificate has expired")))
+        rig.fetcher.default = Script(latency_s=1e9)
+        handle = rig.open("a")
+        with pytest.raises(errors.DeadlineExceededError, match=r"within 300 s; .*: the certificate has expired"):
+            await rig.read(handle, 0, 4096)
+        rig.reader.close(handle)
+        for flight in rig.flights.covering(handle.object, Extent(0, MIB)):
+            flight.scope.cancel()
+
+    run(scenario, {"a": MIB})
+
+
 @pytest.mark.expect_warnings("gave up on a")
 def test_refused_connections_are_retried_until_the_deadline_and_no_longer() -> None:
     async def scenario(rig: EngineRig) -> None:

@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from support.fault_loop import OPTIONS, SIZE_BYTES, FaultLoop, Thoroughness, inputs
+from support.fault_loop import OPTIONS, SIZE_BYTES, FaultLoop, Thoroughness, forms, inputs
 from support.mounts import MountedSandbox
 from support.reader_process import Readers
+from support.tls_hosts import TlsHosts
 from valohai_fuse.sandbox.valohai import Sandbox
 
 
 @contextlib.contextmanager
 def fault_loop(directory: Path, thoroughness: Thoroughness) -> Iterator[FaultLoop]:
     """A loop over a fresh mount of everything under one root."""
-    with Sandbox(inputs(thoroughness), root=directory / "valohai") as sandbox, Readers() as readers:
+    with (
+        Sandbox(inputs(thoroughness), root=directory / "valohai", forms=forms()) as sandbox,
+        TlsHosts(sandbox) as tls,
+        Readers() as readers,
+    ):
         root = directory / "root"
-        options = [f"--root={root}", f"--readahead={thoroughness.readahead}", *OPTIONS]
+        options = [f"--root={root}", f"--readahead={thoroughness.readahead}", f"--ca-file={tls.authority}", *OPTIONS]
         with MountedSandbox(sandbox, options=options, expected_warnings=["."]) as mounted:
-            yield FaultLoop(sandbox, mounted, root, readers, thoroughness)
+            yield FaultLoop(sandbox, mounted, root, readers, thoroughness, tls)
             mounted.cli("unmount", str(root))
 
 

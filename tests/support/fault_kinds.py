@@ -11,12 +11,24 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from support.tls_hosts import TlsHosts
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.script import Fault
+from valohai_fuse.sandbox.signing import Form
 from valohai_fuse.sandbox.valohai import Sandbox
 
 Outcomes = frozenset[int]
-Make = Callable[[Sandbox], Fault]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a fault may lead to."""
+
+    sandbox: Sandbox
+    tls: TlsHosts
+
+
+Make = Callable[[Surroundings], Fault]
 
 RIGHT: Outcomes = frozenset({0})
 LATE: Outcomes = frozenset({errno.ETIMEDOUT})
@@ -32,7 +44,8 @@ HTML = "<html><head><title>Login</title></head><body>Welcome to the captive port
 
 @dataclass(frozen=True, slots=True)
 class FaultKind:
-    """One kind; see the module's text. `alone`: it reaches beyond the requests that it is meant for; `lengthy`: it takes long."""
+    """One kind; see the module's text. `alone`: it reaches beyond the requests that it is meant for; `lengthy`: it takes long;
+    `said`: what the log says where a read fails of it; `form`: how the URLs of its files are signed."""
 
     name: str
     make: Make
@@ -41,6 +54,8 @@ class FaultKind:
     probe: Outcomes
     alone: bool = False
     lengthy: bool = False
+    said: str = ""
+    form: Form = "s3-sigv4"
 
 
 def _kind(
@@ -52,12 +67,24 @@ def _kind(
     probe: Outcomes | None = None,
     alone: bool = False,
     lengthy: bool = False,
+    said: str = "",
 ) -> FaultKind:
-    return FaultKind(name, make, once, always, always if probe is None else probe, alone, lengthy)
+    return FaultKind(name, make, once, always, always if probe is None else probe, alone, lengthy, said)
 
 
-def _retried(name: str, make: Make, *, alone: bool = False) -> FaultKind:
-    return _kind(name, make, RIGHT, LATE, alone=alone)
+def _retried(name: str, make: Make, *, alone: bool = False, said: str = "") -> FaultKind:
+    return _kind(name, make, RIGHT, LATE, alone=alone, said=said)
+
+
+def _expired(form: Form) -> FaultKind:
+    """In the words of one form of URL: 400, 401 or 403."""
+    return FaultKind(f"expired, {form}", lambda _: faults.expired(), RIGHT, REFUSED, REFUSED, form=form)
+
+
+def _over_tls(host: str, said: str, *, progress: bool = False) -> FaultKind:
+    """What happens at one of `TlsHosts`; `progress`: a body that breaks has brought something each time."""
+    outcomes = RIGHT | LATE if progress else LATE
+    return _kind(f"TLS: {host}", lambda s: faults.redirect_elsewhere(s.tls.origins[host]), RIGHT, outcomes, said=said)
 
 
 def _senseless(name: str, make: Make, probe: Outcomes | None = None) -> FaultKind:
@@ -87,13 +114,30 @@ STORE_KINDS: tuple[FaultKind, ...] = (
     _harmless("late answer", lambda _: faults.delay(0.3)),
     _harmless("close without notice", lambda _: faults.close_after()),
     _retried("DNS failure", lambda _: faults.redirect_to("http://no-such-host.invalid/x")),
-    _retried("TLS failure", lambda s: faults.redirect_to(f"https://127.0.0.1:{s.elsewhere.port}/x")),
+    _retried("TLS: none", lambda s: faults.redirect_to(f"https://127.0.0.1:{s.sandbox.elsewhere.port}/x")),
+    _harmless("TLS: good", lambda s: faults.redirect_elsewhere(s.tls.origins["good"])),
+    _over_tls("expired", "certificate has expired"),
+    _over_tls("wrong-name", "(?i)certificate .*(match|valid for|IP address)"),
+    _over_tls("untrusted", "(?i)certificate .*(self.signed|local issuer)"),
+    _over_tls("garbage", "TLS|SSL"),
+    _over_tls("garbled", "TLS|SSL"),
+    _over_tls("closed at once", "TLS|SSL|conne"),
+    _over_tls("closed in the handshake", "TLS|SSL|conne"),
+    _over_tls("reset in the handshake", "TLS|SSL|conne"),
+    _over_tls("stalled handshake", "conne|nothing came"),
+    _over_tls("closed in the body", "", progress=True),
+    _over_tls("reset in the body", "", progress=True),
+    _over_tls("stalled in the body", "", progress=True),
+    _over_tls("tampered body", "", progress=True),
     _retried("nobody there", lambda _: faults.redirect_to("http://127.0.0.1:1/x")),
     # statuses
     _kind("400", lambda _: faults.denied(400), RIGHT, REFUSED),
     _kind("401", lambda _: faults.denied(401), RIGHT, REFUSED),
     _kind("403", lambda _: faults.denied(403), RIGHT, REFUSED),
-    _kind("expired", lambda _: faults.expired(), RIGHT, REFUSED),
+    _expired("s3-sigv4"),
+    _expired("s3-sts"),
+    _expired("azure-sas"),
+    _expired("swift"),
     _final("404", lambda _: faults.status(404), GONE),
     _final("410", lambda _: faults.status(410), GONE),
     _final("412", lambda _: faults.status(412), CHANGED),
@@ -105,6 +149,8 @@ STORE_KINDS: tuple[FaultKind, ...] = (
     _retried("429", lambda _: faults.throttled(429)),
     _retried("429, Retry-After", lambda _: faults.throttled(429, "1")),
     _retried("503", lambda _: faults.throttled(503)),
+    _retried("503, Retry-After", lambda _: faults.throttled(503, "1")),
+    _retried("503, Retry-After a date", lambda _: faults.throttled(503, "Thu, 01 Jan 1970 00:00:00 GMT")),
     _kind("503, Retry-After a day", lambda _: faults.throttled(503, "86400"), RIGHT | LATE, LATE),
     _retried("503, Retry-After nonsense", lambda _: faults.throttled(503, "-1; soon")),
     _retried("500", lambda _: faults.internal_error()),
@@ -113,7 +159,7 @@ STORE_KINDS: tuple[FaultKind, ...] = (
     _final("200 with a page", lambda _: faults.status(200, HTML, "text/html"), CHANGED, probe=SENSELESS),
     # redirects
     _senseless("endless redirect", lambda _: faults.redirect_loop()),
-    _harmless("redirect to another host", lambda s: faults.redirect_elsewhere(s.elsewhere.origin)),
+    _harmless("redirect to another host", lambda s: faults.redirect_elsewhere(s.sandbox.elsewhere.origin)),
     _final("redirect to file:", lambda _: faults.redirect_to("file:///etc/passwd"), FAILED),
     _final("redirect to gopher:", lambda _: faults.redirect_to("gopher://127.0.0.1:70/x"), FAILED),
     _final("redirect to unix:", lambda _: faults.redirect_to("unix:///run/docker.sock"), FAILED),
@@ -139,11 +185,12 @@ STORE_KINDS: tuple[FaultKind, ...] = (
 """What a store can do wrong with an object of at least a few hundred KB."""
 
 
-def _answer_lacks(_: Sandbox) -> Fault:
+def _answer_lacks(_: Surroundings) -> Fault:
     return faults.answer_without("0.bin")
 
 
 API_KINDS: tuple[FaultKind, ...] = (
+    _retried("down", lambda _: faults.refuse_connections(0.2), alone=True),
     _retried("hang-up", lambda _: faults.hang_up()),
     _retried("reset", lambda _: faults.reset_after(0)),
     _retried("reset in mid-answer", lambda _: faults.reset_after(50)),
@@ -169,7 +216,7 @@ API_KINDS: tuple[FaultKind, ...] = (
     _harmless("with dots", lambda _: faults.answer_with_dots()),
     _harmless("duplicates", lambda _: faults.answer_with_duplicates()),
     _harmless("other inputs", lambda _: faults.answer_with_others()),
-    _retried("redirect to the store", lambda s: faults.redirect_elsewhere(s.store.origin)),
+    _retried("redirect to the store", lambda s: faults.redirect_elsewhere(s.sandbox.store.origin)),
     _retried("redirect loop", lambda _: faults.redirect_loop()),
     _retried("redirect to file:", lambda _: faults.redirect_to("file:///etc/passwd")),
 )

@@ -8,19 +8,22 @@ input of its own, so that runs go on side by side and none sees another's fault.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from support.fault_kinds import API_KINDS, RIGHT, STORE_KINDS, FaultKind, Outcomes
+from support.fault_kinds import API_KINDS, RIGHT, STORE_KINDS, FaultKind, Outcomes, Surroundings
 from support.mounts import MountedSandbox, wait_until
 from support.reader_process import Extents, Readers, ReadOutcome, digest_of
+from support.tls_hosts import TlsHosts
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, read_all
 from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
 from valohai_fuse.sandbox.script import Rule
+from valohai_fuse.sandbox.signing import Form
 from valohai_fuse.sandbox.valohai import Sandbox
 
 SIZE_BYTES: Final = 9_000_000
@@ -32,12 +35,12 @@ SLACK_S: Final = 5.0
 AT_REST_S: Final = 45.0
 """A fetch that nobody waits for any more may still wait for the API, which is asked for 30 s at the most."""
 OPPORTUNITIES_MAX: Final = 12
-SIDE_BY_SIDE: Final = 32
+SIDE_BY_SIDE: Final = 64
 OPTIONS: Final = (
     f"--read-timeout={READ_TIMEOUT_S}",
     "--stall-timeout=2",
     "--connect-timeout=2",
-    "--connections=64",
+    "--connections=128",
     "--log-level=DEBUG",
 )
 
@@ -83,6 +86,11 @@ def inputs(thoroughness: Thoroughness) -> dict[str, SandboxInput]:
     return made
 
 
+def forms() -> dict[str, Form]:
+    """How the URLs of each input are signed."""
+    return {store_input(kind): kind.form for kind in STORE_KINDS}
+
+
 @dataclass
 class FaultLoop:
     """One run of the loop over a mount; `problems` holds a line for each promise that was not kept."""
@@ -92,13 +100,17 @@ class FaultLoop:
     root: Path
     readers: Readers
     thoroughness: Thoroughness
+    tls: TlsHosts
     problems: list[str] = field(default_factory=list)
     runs: int = 0
     hits: int = 0
     _right: str = ""
+    _told: list[tuple[str, str, int, str]] = field(default_factory=list)
+    """What failed: its name, the file, the errno, and what the log must say of it."""
     _longest_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.surroundings = Surroundings(self.sandbox, self.tls)
         # The first look-up may probe, then each MiB is a read with a deadline of its own.
         reads = 1 + sum(-(-(stop - start) // (1 << 20)) for start, stop in self.thoroughness.extents)
         self._longest_s = reads * READ_TIMEOUT_S + 2 * SLACK_S
@@ -137,7 +149,7 @@ class FaultLoop:
     def _store_once(self, kind: FaultKind) -> Callable[[int], int]:
         def once(nth: int) -> int:
             key = f"{store_input(kind)}/once-{nth}.bin"
-            rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, first=nth, count=1)
+            rule = self.sandbox.store.faults.add(kind.make(self.surroundings), path=key, first=nth, count=1)
             outcome = self._read(key)
             self._judge(f"store: {kind.name}, once at {nth}", outcome, kind.once if rule.hits else RIGHT)
             return rule.hits
@@ -146,17 +158,20 @@ class FaultLoop:
 
     def _store_always(self, kind: FaultKind, nth: int) -> None:
         key = f"{store_input(kind)}/always-{nth}.bin"
-        rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, first=nth, count=None)
+        rule = self.sandbox.store.faults.add(kind.make(self.surroundings), path=key, first=nth, count=None)
         outcome = self._read(key)
         self._judge(f"store: {kind.name}, always from {nth}", outcome, kind.always if rule.hits else RIGHT)
+        self._told.append((f"store: {kind.name}, always from {nth}", key, outcome.errno, kind.said))
         self._recovers(f"store: {kind.name}, always from {nth}", key, rule, 25.0)
 
     def _probe(self, kind: FaultKind, run: str, count: int | None) -> None:
         key = f"{store_input(kind)}/probe-{run}.bin"
-        rule = self.sandbox.store.faults.add(kind.make(self.sandbox), path=key, count=count)
+        rule = self.sandbox.store.faults.add(kind.make(self.surroundings), path=key, count=count)
         # The kernel repeats a look-up that ends with ESTALE, and the size is asked of whatever answers.
         allowed = kind.probe | kind.once if count else kind.probe
-        self._judge(f"probe: {kind.name}, {run}", self._read(key), allowed)
+        outcome = self._read(key)
+        self._judge(f"probe: {kind.name}, {run}", outcome, allowed)
+        self._told.append((f"probe: {kind.name}, {run}", key, outcome.errno, kind.said))
         rule.count = 0
 
     def _api_runs(self, *, alone: bool) -> Iterator[Callable[[], None]]:
@@ -182,7 +197,9 @@ class FaultLoop:
         name = api_input(kind, f"always-{nth}")
         rule = self._api_rule(kind, name, nth, None)
         what = f"api: {kind.name}, always from {nth}"
-        self._judge(what, self._read(f"{name}/0.bin"), kind.always if rule.hits else RIGHT)
+        outcome = self._read(f"{name}/0.bin")
+        self._judge(what, outcome, kind.always if rule.hits else RIGHT)
+        self._told.append((what, f"{name}/0.bin", outcome.errno, kind.said))
         rule.count = 0
         if self.thoroughness.api_patience_s:
             self._recovers(what, f"{name}/0.bin", rule, self.thoroughness.api_patience_s)
@@ -196,7 +213,7 @@ class FaultLoop:
             self.sandbox.store.faults.add(faults.expired(), path=f"{name}/*", covers=start)
         input_id = self.sandbox.dataset.inputs[name][0]
         return self.sandbox.api.faults.add(
-            kind.make(self.sandbox), first=nth, count=count, when=lambda request: f"={input_id}" in request.query
+            kind.make(self.surroundings), first=nth, count=count, when=lambda request: f"={input_id}" in request.query
         )
 
     # --- judging --------------------------------------------------------------------------------------------------------
@@ -257,11 +274,21 @@ class FaultLoop:
         except AssertionError:
             self.problems.append(f"afterwards: not at rest: {last}")
         log = self.mounted.log()
+        self._check_messages(log.splitlines())
         unforeseen = [
             line for line in log.splitlines() if " ERROR " in line or " CRITICAL " in line or "Traceback" in line
         ]
         self.problems += [f"logged: {line[:300]}" for line in unforeseen[:10]]
         self.sandbox.assert_token_never_leaked()
+
+    def _check_messages(self, log: list[str]) -> None:
+        """Each read that failed has a line that names the file, the reason and the errno."""
+        for what, key, number, said in self._told:
+            if not number:
+                continue
+            lines = [line for line in log if f"{key}: " in line and line.endswith(f"-> {_name(number)}")]
+            if not any(re.search(said, line.partition(f"{key}: ")[2]) for line in lines):
+                self.problems.append(f"{what}: the log does not say {said!r}: {lines[-1:]}")
 
 
 def _name(number: int) -> str:

@@ -247,7 +247,9 @@ class Flights:
             except (FetchFailed, errors.ReadError, errors.ConfigurationError) as error:
                 failure = error
             else:
+                flight.object.last_failure = ""
                 return None
+            flight.object.last_failure = _words(failure)
             elapsed = trio.current_time() - began
             if flight.landed > landed:
                 retry.progressed(elapsed_s=elapsed)
@@ -340,3 +342,7 @@ class Flights:
         log.log(level, "gave up on %s: %s", obj.label, decision.message)
         kind = decision.error_class if issubclass(decision.error_class, errors.ReadError) else errors.AccessRefusedError
         return kind(f"{obj.label}: {decision.message}", hint=decision.hint)
+
+
+def _words(failure: FetchFailed | errors.ValohaiFuseError) -> str:
+    return failure.detail if isinstance(failure, FetchFailed) else failure.message

@@ -52,6 +52,7 @@ class RemoteObject:
         "inode",
         "key",
         "label",
+        "last_failure",
         "missing",
         "served",
         "version",
@@ -72,6 +73,8 @@ class RemoteObject:
         """The store contradicted the cache: versions are learnt from responses only."""
         self.missing = False
         """The store answered 404 or 410: the next open says so."""
+        self.last_failure = ""
+        """What became of the latest attempt to fetch any of it, in words for a log; empty when that succeeded."""
 
     def adopt(self, version: Version) -> None:
         """Pins the version that a response or the cache shows. Raises ObjectChangedError when it contradicts the pin."""

@@ -177,7 +177,8 @@ class Reader:
                         "%s: bytes [%d, %d) vanished after landing, attempt %d", obj.label, *_range(extent), attempt + 1
                     )
             if scope.cancelled_caught:
-                raise errors.DeadlineExceededError(f"{obj.label}: no answer within {self._read_timeout_s:g} s")
+                why = f"; the last failure: {obj.last_failure}" if obj.last_failure else ""
+                raise errors.DeadlineExceededError(f"{obj.label}: no answer within {self._read_timeout_s:g} s{why}")
             raise errors.ReadError(
                 f"{obj.label}: the cache loses what it is given", hint="look at the cache's file system"
             )

@@ -21,11 +21,13 @@ from valohai_fuse.ports import FetchFailed, FileRef, Lease, Metrics, SizeProbe
 class _Probe:
     """One probe under way; its outcome is for all who wait."""
 
-    __slots__ = ("done", "error")
+    __slots__ = ("done", "error", "last_failure")
 
     def __init__(self) -> None:
         self.done = trio.Event()
         self.error: errors.ReadError | None = None
+        self.last_failure = ""
+        """In words for a log, until then."""
 
 
 class Sizing:
@@ -66,15 +68,16 @@ class Sizing:
             raise type(probe.error)(probe.error.message, hint=probe.error.hint)
         size = self._tree.size(inode)
         if size is None:
+            why = f"; the last failure: {probe.last_failure}" if probe.last_failure else ""
             raise errors.DeadlineExceededError(
-                f"{self._describe(inode)[1]}: its size was not to be had in {self._timeout_s:g} s"
+                f"{self._describe(inode)[1]}: its size was not to be had in {self._timeout_s:g} s{why}"
             )
         return size
 
     async def _run(self, inode: Inode, probe: _Probe) -> None:
         file, label = self._describe(inode)
         try:
-            self._tree.set_size(inode, await self._attempts(file, label))
+            self._tree.set_size(inode, await self._attempts(file, label, probe))
         except errors.ReadError as error:
             probe.error = error
         except errors.ConfigurationError as error:
@@ -83,7 +86,7 @@ class Sizing:
             del self._probes[inode]
             probe.done.set()
 
-    async def _attempts(self, file: FileRef, label: str) -> int:
+    async def _attempts(self, file: FileRef, label: str, probe: _Probe) -> int:
         retry = RetryState(random=random.random)
         began = trio.current_time()
         refused: Lease | None = None
@@ -96,6 +99,7 @@ class Sizing:
                 return await self._probe.size(lease)
             except (FetchFailed, errors.ReadError, errors.ConfigurationError) as error:
                 failure = error
+            probe.last_failure = failure.detail if isinstance(failure, FetchFailed) else failure.message
             if isinstance(failure, FetchFailed) and failure.server_date_s is not None:
                 self._leases.note_server_date(failure.server_date_s)
             decision = retry.after(

@@ -11,6 +11,9 @@ import subprocess
 
 from valohai_fuse.errors import ConfigurationError
 
+LOOPBACK = "IP:127.0.0.1,DNS:localhost"
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+
 
 def make_authority(directory: str) -> str:
     """Makes `<directory>/tls/` with a certificate for 127.0.0.1 and localhost; the path of the authority's PEM.
@@ -19,26 +22,34 @@ def make_authority(directory: str) -> str:
     """
     folder = os.path.join(directory, "tls")
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     _openssl(
-        folder, "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "30", "-subj", "/CN=sandbox CA"
+        folder, "req", "-x509", *_KEY, "-keyout", "ca.key", "-out", "ca.pem", "-days", "30", "-subj", "/CN=sandbox CA"
     )
-    _openssl(folder, "req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    with open(os.path.join(folder, "names"), "w", encoding="ascii") as file:
-        file.write("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-    _openssl(
-        folder,
-        *("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
-        *("-out", "server.pem", "-days", "30", "-extfile", "names"),
-    )
+    make_certificate(directory, "server")
     return os.path.join(folder, "ca.pem")
 
 
-def server_context(directory: str) -> ssl.SSLContext:
-    """A context with the server's certificate of `<directory>/tls/`."""
+def make_certificate(directory: str, name: str, *, valid_for: str = LOOPBACK, days: int = 30) -> None:
+    """Another certificate of the authority that `make_authority` has made in `directory`: `<directory>/tls/<name>.pem` and .key.
+
+    `valid_for` is a subjectAltName; with negative `days` it has expired. Raises ConfigurationError.
+    """
+    folder = os.path.join(directory, "tls")
+    _openssl(folder, "req", *_KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=localhost")
+    with open(os.path.join(folder, "names"), "w", encoding="ascii") as file:
+        file.write(f"subjectAltName={valid_for}\n")
+    _openssl(
+        folder,
+        *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-out", f"{name}.pem", "-days", str(days), "-extfile", "names"),
+    )
+
+
+def server_context(directory: str, name: str = "server") -> ssl.SSLContext:
+    """A context with the certificate `name` of `<directory>/tls/`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     folder = os.path.join(directory, "tls")
-    context.load_cert_chain(os.path.join(folder, "server.pem"), os.path.join(folder, "server.key"))
+    context.load_cert_chain(os.path.join(folder, f"{name}.pem"), os.path.join(folder, f"{name}.key"))
     return context
 
 

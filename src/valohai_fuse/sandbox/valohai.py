@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import ssl
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -74,6 +75,7 @@ class Sandbox:
         self._writes = {"inputs.json": json_too, "inputs.yaml": yaml_too, "api.json": api_json}
         self._signer = Signer(self.clock)
         self._elsewhere: ObjectStore | None = None
+        self._hosts: list[ObjectStore] = []
         self._undo = contextlib.ExitStack()
         self.root = ""
         self.ca_file: str | None = None
@@ -106,7 +108,8 @@ class Sandbox:
         os.makedirs(self.inputs_dir, exist_ok=True)
         if self._tls:
             self.ca_file = certificates.make_authority(self.root)
-        self.store = self._make_store("store")
+        own_tls = certificates.server_context(self.root) if self._tls else None
+        self.store = self._make_store("store", own_tls)
         undo.callback(self.store.close)
         self.store.first_byte_delay_s = self._first_byte_delay_s
         self.api = ValohaiApi(
@@ -116,7 +119,7 @@ class Sandbox:
             execution_id=self.execution_id,
             token=self.token,
             revoke=self._signer.revoke_minted,
-            tls=certificates.server_context(self.root) if self._tls else None,
+            tls=own_tls,
         )
         undo.callback(self.api.close)
         self.store.start()
@@ -124,7 +127,7 @@ class Sandbox:
         self.write_config()
         self._download_always()
 
-    def _make_store(self, name: str) -> ObjectStore:
+    def _make_store(self, name: str, tls: ssl.SSLContext | None) -> ObjectStore:
         return ObjectStore(
             self.dataset.by_key,
             self._signer,
@@ -132,13 +135,14 @@ class Sandbox:
             name=name,
             secrets=(self.token,),
             allow_unsigned="plain" in {self._form, *self._forms.values()},
-            tls=certificates.server_context(self.root) if self._tls else None,
+            tls=tls,
         )
 
     def close(self) -> None:
         """Everything ends; the directory goes unless `root` was given. Does nothing the second time."""
         self._undo.close()
         self._elsewhere = None
+        self._hosts.clear()
 
     # --- places ---------------------------------------------------------------------------------------------------------
 
@@ -156,10 +160,18 @@ class Sandbox:
     def elsewhere(self) -> ObjectStore:
         """Another host with the same objects and signatures, for redirects; started when first asked for."""
         if self._elsewhere is None:
-            self._elsewhere = self._make_store("elsewhere")
-            self._undo.callback(self._elsewhere.close)
-            self._elsewhere.start()
+            self._elsewhere = self.another_host(
+                "elsewhere", certificates.server_context(self.root) if self._tls else None
+            )
         return self._elsewhere
+
+    def another_host(self, name: str, tls: ssl.SSLContext | None = None) -> ObjectStore:
+        """One more host with the same objects and signatures, that runs until the end."""
+        host = self._make_store(name, tls)
+        self._undo.callback(host.close)
+        host.start()
+        self._hosts.append(host)
+        return host
 
     # --- files ----------------------------------------------------------------------------------------------------------
 
@@ -239,14 +251,13 @@ class Sandbox:
     @property
     def requests(self) -> list[Exchange]:
         """Every request to any of the servers, in the order of arrival."""
-        servers = [self.store, self.api, *([self._elsewhere] if self._elsewhere else [])]
+        servers = [self.store, self.api, *self._hosts]
         return sorted((exchange for server in servers for exchange in server.exchanges()), key=lambda e: e.at_s)
 
     def forget_requests(self) -> None:
         """Assertions count from here."""
-        for server in (self.store, self.api, self._elsewhere):
-            if server is not None:
-                server.forget_exchanges()
+        for server in (self.store, self.api, *self._hosts):
+            server.forget_exchanges()
 
     def assert_token_never_leaked(self) -> None:
         """Raises AssertionError if a store ever saw the execution's token or any Authorization header."""
