@@ -104,6 +104,10 @@ class Server:
             if thread is not threading.current_thread():
                 thread.join()
 
+    def use_tls(self, context: ssl.SSLContext) -> None:
+        """Another certificate, for the connections that are made from now on; those that are open live on."""
+        self._tls = context
+
     def close(self) -> None:
         """Stops for good and gives the port back."""
         self.stop()

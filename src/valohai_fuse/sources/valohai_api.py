@@ -117,7 +117,9 @@ class ValohaiApi:
                 if trio.current_time() - began_t + delay_s > self._budget_s:
                     times = f", {attempt} times" if attempt > 1 else ""
                     raise StoreUnavailableError(f"Valohai's API at {self._shown}: {failure.detail}{times}") from None
-                log.debug("asking Valohai again in %.1f s: %s", delay_s, failure.detail)
+                # Once for people: a read may give up long before this does, and the log must say what it waited for.
+                level = logging.INFO if attempt == 1 else logging.DEBUG
+                log.log(level, "asking Valohai at %s again in %.1f s: %s", self._shown, delay_s, failure.detail)
                 await trio.sleep(delay_s)
 
     async def _ask(self, file: FileRef) -> Answer:
