@@ -118,6 +118,7 @@ class Daemon:
                 fetching.reader,
                 fetching.leases,
                 self.metrics,
+                store=store.statistics,
                 requests_under_way=lambda: len(self.operations.under_way),
                 began_at_s=time.time(),
             )

@@ -28,7 +28,7 @@ from valohai_fuse.ports import BlockStore, FileRef, ObjectKey
 from valohai_fuse.settings import Settings
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.segments import SegmentStore, StoreStatistics
 
 OPEN_FILES_SHOWN = 20
 FILES_PER_BREATH = 200
@@ -188,6 +188,7 @@ class Inspection:
         leases: Leases,
         metrics: Counts,
         *,
+        store: Callable[[], StoreStatistics],
         requests_under_way: Callable[[], int],
         began_at_s: float,
     ) -> None:
@@ -198,6 +199,7 @@ class Inspection:
         self._reader = reader
         self._leases = leases
         self._metrics = metrics
+        self._store = store
         self._requests_under_way = requests_under_way
         self._began_at_s = began_at_s
 
@@ -212,6 +214,7 @@ class Inspection:
         self._metrics.gauge("open_files", reader.handles)
         self._metrics.gauge("reads_under_way", reader.reads_waiting)
         self._metrics.gauge("flights", reader.flights)
+        self._metrics.gauge("flights_ahead", reader.flights_ahead)
         self._metrics.gauge("requests_under_way", self._requests_under_way())
         self._metrics.gauge("tasks", trio.lowlevel.current_statistics().tasks_living)
         return {
@@ -225,7 +228,7 @@ class Inspection:
             "files_of_unknown_size": unknown,
             "warnings": len(self._tree.warnings),
             "open_files": self._reader.open_labels(OPEN_FILES_SHOWN),
-            "metrics": self._metrics.snapshot() | self._renewals(),
+            "metrics": self._metrics.snapshot() | self._renewals() | self._cache(),
         }
 
     def _renewals(self) -> dict[str, float]:
@@ -235,6 +238,14 @@ class Inspection:
             "renewal_failures": leases.renewals_failed,
             "urls_refused": leases.refused,
             "clock_skew_seconds": leases.clock_skew_s or 0.0,
+        }
+
+    def _cache(self) -> dict[str, float]:
+        store = self._store()
+        return {
+            "blocks_corrupt": store.blocks_distrusted,
+            "cache_errors": store.disk_errors,
+            "hot_bytes": store.memory_bytes,
         }
 
     async def info(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def test_a_full_disk_costs_the_cache_not_the_read(mount_inputs: MountInputs, own
         big = mounted.path("data", "big.bin")
         assert read_elsewhere(big, timeout_s=90) == mounted.sandbox.expected_bytes("data", "big.bin")
         ballast.unlink()
+        assert mounted.status()["mounts"][0]["metrics"]["cache_errors"] > 0
 
         assert run_cli("cache", "prune", f"--cache-dir={disk}/cache", "--to=0").returncode == 0
         unread = (

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 from support.mounts import MountInputs, read_elsewhere, wait_until
 from support.processes import daemon_pid
@@ -75,3 +76,22 @@ file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
 while True:
     os.pread(file, 4096, 0)
 """
+
+
+def test_status_counts_what_the_cache_and_the_store_do(mount_inputs: MountInputs) -> None:
+    """Memory of a stream, the time to the first byte and blocks that failed their check stand in `status`, not zeros."""
+    mounted = mount_inputs({"data": {"a.bin": ramp(9 * MIB)}}, expected_warnings=("failed its check",))
+    path = mounted.path("data", "a.bin")
+    assert path.read_bytes() == mounted.sandbox.expected_bytes("data", "a.bin")
+    (mount,) = mounted.status()["mounts"]
+    assert mount["metrics"]["fetch_first_byte_seconds"] > 0
+    assert mount["metrics"]["hot_bytes"] > 0
+    assert mount["metrics"]["blocks_corrupt"] == 0
+    assert mounted.unmount().returncode == 0
+    for segment in Path(mounted.cache_dir, "v1").glob("??/*"):
+        with segment.open("r+b") as file:
+            file.seek(-10, os.SEEK_END)
+            file.write(bytes(byte ^ 1 for byte in file.read(5)))
+    assert mounted.mount().returncode == 0
+    assert read_elsewhere(path) == mounted.sandbox.expected_bytes("data", "a.bin")
+    assert mounted.status()["mounts"][0]["metrics"]["blocks_corrupt"] > 0

@@ -41,6 +41,7 @@ class ReaderStatistics:
     flights: int
     flight_bytes: int
     reads_waiting: int
+    flights_ahead: int
 
 
 class Reader:
@@ -261,7 +262,12 @@ class Reader:
     def statistics(self) -> ReaderStatistics:
         """What is open and under way now."""
         return ReaderStatistics(
-            len(self._objects), self._handles, self._flights.active, self._flights.active_bytes, self._waiting
+            len(self._objects),
+            self._handles,
+            self._flights.active,
+            self._flights.active_bytes,
+            self._waiting,
+            sum(not flight.urgent for obj in self._objects.values() for flight in obj.flights),
         )
 
     def open_labels(self, limit: int) -> list[str]:

@@ -260,6 +260,7 @@ class WorkerPool:
             if ticket.ended.is_set():
                 return  # whoever ordered did not like what landed
             self._count(message.fetched_bytes - ticket.landed_bytes, new_connection=message.new_connection)
+            self._metrics.count("fetch_first_byte_seconds", message.first_byte_s)
             self._conclude(
                 ticket,
                 Fetched(

@@ -103,6 +103,7 @@ class DiskHealth:
         self._sick_until_s: float | None = None
         self._trial_since_s: float | None = None
         self._backoff_s = BACKOFF_FIRST_S
+        self.failures = 0
 
     @property
     def well(self) -> bool:
@@ -124,6 +125,7 @@ class DiskHealth:
 
     def failed(self, detail: str) -> None:
         """The disk refused a write. Several landings fail at once when a disk does: they count as one."""
+        self.failures += 1
         if self._sick_until_s is not None:
             return
         if self._trial_since_s is None:

@@ -76,6 +76,7 @@ class Places:
         self._faults: TTLCache[Place, int] = TTLCache(_FAULTS_MAX, FAULT_MEMORY_S, timer=monotonic)
         self._used: set[Place] = set()
         self.blocks_distrusted = 0
+        self.files_unreadable = 0
         self._staged_at_s = 0.0
 
     def close(self) -> None:
@@ -294,6 +295,8 @@ class Places:
             self._forget(place)
             return
         reason = error.strerror or type(error).__name__
+        with self._lock:
+            self.files_unreadable += 1
         self._warnings.warn("unreadable", f"a cache file cannot be read ({reason}); its data is fetched again")
         self.fault(place)
 

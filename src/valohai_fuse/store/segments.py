@@ -66,7 +66,7 @@ class _Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """A moment of the store; `blocks_distrusted` counts from the start."""
+    """A moment of the store; `blocks_distrusted` and `disk_errors` count from the start."""
 
     open_segments: int
     memory_segments: int
@@ -74,6 +74,7 @@ class StoreStatistics:
     blocks_distrusted: int
     disk_well: bool
     """False: new data goes to memory, of which there is little; reading far ahead only pushes out what is needed."""
+    disk_errors: int = 0
 
 
 class SegmentStore:
@@ -140,6 +141,7 @@ class SegmentStore:
             memory_bytes,
             self._places.blocks_distrusted,
             self._health.well and not self._disk.stuck,
+            self._health.failures + self._places.files_unreadable,
         )
 
     def touch_used(self) -> None:
