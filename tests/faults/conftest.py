@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support import at_rest
 from support.mounts import MountedSandbox, MountInputs
 from valohai_fuse.sandbox.dataset import InputSpec
 from valohai_fuse.sandbox.valohai import Sandbox
@@ -27,8 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mount_inputs(own_directories: Path) -> Iterator[MountInputs]:
     """`mount_inputs({"data": {"a.bin": ramp(10**6)}}, options=[...], **sandbox_options)` -> a MountedSandbox.
 
-    Unmounts and stops at the end of the test.
+    At the end of the test whatever was wrong is put right, and then nothing may be left in the mount (`support.at_rest`), which is
+    unmounted and stopped.
     """
+    made: list[MountedSandbox] = []
     with contextlib.ExitStack() as stack:
 
         def mount(
@@ -39,6 +42,12 @@ def mount_inputs(own_directories: Path) -> Iterator[MountInputs]:
             **sandbox_options: Any,
         ) -> MountedSandbox:
             sandbox = stack.enter_context(Sandbox(inputs, root=own_directories / "valohai", **sandbox_options))
-            return stack.enter_context(MountedSandbox(sandbox, options=options, expected_warnings=expected_warnings))
+            mounted = MountedSandbox(sandbox, options=options, expected_warnings=expected_warnings)
+            made.append(stack.enter_context(mounted))
+            return mounted
 
         yield mount
+        for mounted in made:
+            mounted.sandbox.recover()
+        left = [line for mounted in made for line in at_rest.problems(mounted)]
+        assert not left, "not at rest after the test:\n" + "\n".join(left)

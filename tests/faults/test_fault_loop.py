@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.fault_loop import OPTIONS, SIZE_BYTES, FaultLoop, Thoroughness, forms, inputs
-from support.mounts import MountedSandbox
+from support.mounts import GIVEN_UP, MountedSandbox
 from support.reader_process import Readers
 from support.tls_hosts import TlsHosts
 from valohai_fuse.sandbox.valohai import Sandbox
@@ -28,7 +28,7 @@ def fault_loop(directory: Path, thoroughness: Thoroughness) -> Iterator[FaultLoo
     ):
         root = directory / "root"
         options = [f"--root={root}", f"--readahead={thoroughness.readahead}", f"--ca-file={tls.authority}", *OPTIONS]
-        with MountedSandbox(sandbox, options=options, expected_warnings=["."]) as mounted:
+        with MountedSandbox(sandbox, options=options, expected_warnings=GIVEN_UP) as mounted:
             yield FaultLoop(sandbox, mounted, root, readers, thoroughness, tls)
             mounted.cli("unmount", str(root))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.mounts import MountInputs, read_elsewhere
+from support.mounts import GIVEN_UP, MountInputs, read_elsewhere
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, ramp, read_all
 from valohai_fuse.sandbox.dataset import SandboxFile, SandboxInput
@@ -97,7 +97,7 @@ def test_locations_that_must_not_be_fetched(mount_inputs: MountInputs) -> None:
         SandboxFile(f"{number}", ramp(1000), overrides={"storage_uri": f"{location}?sig=s3cr3t"})
         for number, location in enumerate(LOCATIONS)
     ]
-    mounted = mount_inputs({"data": files}, options=("--readahead=0",), expected_warnings=(".",))
+    mounted = mount_inputs({"data": files}, options=("--readahead=0",), expected_warnings=GIVEN_UP)
     for number in range(len(files)):
         assert read_elsewhere(mounted.path("data", f"{number}")) == read_all(Ramp(1000), 0, 1000)  # with Valohai's URL
     assert mounted.sandbox.api.renewals() == 1
@@ -121,7 +121,7 @@ def test_an_answer_that_unpacks_without_end(mount_inputs: MountInputs) -> None:
         answer.headers["Content-Encoding"] = "gzip"
         return answer
 
-    mounted = mount_inputs({"data": {"f": ramp(1000)}}, options=("--read-timeout=5",), expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"f": ramp(1000)}}, options=("--read-timeout=5",), expected_warnings=GIVEN_UP)
     before = sum(map(_resident_bytes_max, mounted.daemon_pids()))
     mounted.sandbox.expire_urls()
     mounted.sandbox.api.faults.add(Fault("bomb", act))
@@ -171,7 +171,7 @@ def test_a_manifest_that_is_a_bomb(name: str, content: bytes, own_directories: P
 
 def test_a_redirect_of_the_api_takes_no_token_along(mount_inputs: MountInputs) -> None:
     """A redirect to another host is not followed, for the token is for Valohai alone; nor is one of the store given anything."""
-    mounted = mount_inputs({"data": {"f": ramp(1000)}}, options=("--read-timeout=2",), expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"f": ramp(1000)}}, options=("--read-timeout=2",), expected_warnings=GIVEN_UP)
     sandbox = mounted.sandbox
     elsewhere = sandbox.elsewhere
     sandbox.expire_urls()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from stress.load import AtRest, crowd, memory_bytes, metrics, recover, start
+from stress.load import crowd, memory_bytes, metrics, recover, start
+from support import at_rest
 from support.mounts import MountedSandbox, MountInputs, read_elsewhere, wait_until
 from support.prober import Prober
 from support.processes import daemon_pid
@@ -54,10 +55,9 @@ def size_of(*, short: object, full: object) -> pytest.MarkDecorator:
     )
 
 
-def warmed_up(mounted: MountedSandbox, name: str = "warm.bin") -> AtRest:
-    """The mount at rest, after a first read."""
-    assert len(mounted.path("data", name).read_bytes()) == MIB
-    return AtRest.of(mounted)
+def assert_at_rest(mounted: MountedSandbox, timeout_s: float = 45.0) -> None:
+    """Nothing is left of the load: no task, descriptor, process, file, stall or overdue request."""
+    assert at_rest.problems(mounted, timeout_s=timeout_s) == []
 
 
 @size_of(short=500, full=5000)
@@ -70,7 +70,7 @@ def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: Mount
         {"data": {"big.bin": ramp(big), "warm.bin": ramp(MIB), **names}},
         options=("--stall-timeout=120", "--read-timeout=240"),
     )
-    rest = warmed_up(mounted)
+    assert len(mounted.path("data", "warm.bin").read_bytes()) == MIB
     stall = mounted.sandbox.store.faults.add(faults.no_answer(), path="*big.bin", count=None)
     path = mounted.path("data", "big.bin")
     each = 250
@@ -93,14 +93,14 @@ def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: Mount
         for process in processes:
             out, _ = process.communicate(timeout=200)
             assert out == "0\n", f"{out} reads failed"
-    rest.assert_back(mounted)
+    assert_at_rest(mounted)
 
 
 @size_of(short=200, full=500)
 def test_hundreds_of_handles_within_a_memory_bound(mount_inputs: MountInputs, size: int) -> None:
     """500 open handles that all read in sequence: at most 128 KiB of the daemon's memory for each."""
     mounted = mount_inputs({"data": {"big.bin": ramp(size * MIB), "warm.bin": ramp(MIB)}})
-    rest = warmed_up(mounted)
+    assert len(mounted.path("data", "warm.bin").read_bytes()) == MIB
     daemon = daemon_pid(mounted, "data")
     before = memory_bytes(daemon)
     with crowd([start("holding", size, mounted.path("data", "big.bin"), size * MIB)], mounted) as (process,):
@@ -108,7 +108,7 @@ def test_hundreds_of_handles_within_a_memory_bound(mount_inputs: MountInputs, si
         assert process.stdout.readline() == "up\n"
         assert metrics(mounted)["open_files"] == size
         assert memory_bytes(daemon) - before < size * 128 * 1024
-    rest.assert_back(mounted)
+    assert_at_rest(mounted)
 
 
 @size_of(short=(2, 250), full=(40, 250))
@@ -119,7 +119,7 @@ def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: 
     mounted = mount_inputs(
         {"data": {"big.bin": ramp(big), "warm.bin": ramp(MIB)}}, options=("--stall-timeout=3", "--read-timeout=20")
     )
-    rest = warmed_up(mounted)
+    assert len(mounted.path("data", "warm.bin").read_bytes()) == MIB
     path = mounted.path("data", "big.bin")
     for number in range(rounds):
         mounted.sandbox.store.faults.add(faults.no_answer(), path="*big.bin", count=None)
@@ -134,7 +134,7 @@ def test_readers_that_are_killed_leave_nothing(mount_inputs: MountInputs, size: 
         recover(mounted)
         # Else the kernel, congested with what the dead have asked for, would make the next ones wait unkillably.
         wait_until("what they asked for has ended", lambda: not metrics(mounted)["requests_under_way"], 60)
-    rest.assert_back(mounted, timeout_s=60)
+    assert_at_rest(mounted, timeout_s=90)
     assert read_elsewhere(path, 0, 1000) == mounted.sandbox.expected_bytes("data", "big.bin", 0, 1000)
 
 
@@ -149,7 +149,7 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
         options=("--stall-timeout=5", "--cache-max-size=64M"),
         expected_warnings=("cache",),
     )
-    rest = warmed_up(mounted)
+    assert len(mounted.path("data", "warm.bin").read_bytes()) == MIB
     pairs = [word for name, bytes_ in files.items() for word in (mounted.path("data", name), bytes_)]
     dice = random.Random(251)
     seed = dice.randrange(10**9)
@@ -159,7 +159,7 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
     assert [out for process, out in zip(processes, outputs, strict=True) if process.returncode] == []
     assert sum(int(out.split()[0]) for out in outputs) > count
     assert metrics(mounted)["read_errors"] == 0
-    rest.assert_back(mounted)
+    assert_at_rest(mounted)
 
 
 def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from support import at_rest
 from support.fault_kinds import API_KINDS, RIGHT, STORE_KINDS, FaultKind, Outcomes, Surroundings
 from support.mounts import MountedSandbox, wait_until
 from support.reader_process import Extents, Readers, ReadOutcome, digest_of
@@ -261,18 +262,8 @@ class FaultLoop:
     def _check_health(self) -> None:
         """The mount is alive, nothing is leaked, nothing unforeseen was logged, and the token stayed at home."""
         self._judge("afterwards: a healthy file", self._read("healthy/0.bin"), RIGHT)
-        gauges = ("open_files", "reads_under_way", "flights")
-        last: dict[str, float] = {}
-
-        def at_rest() -> bool:
-            metrics = self.mounted.status()["mounts"][0]["metrics"]
-            last.update({name: metrics[name] for name in gauges})
-            return not any(last.values())
-
-        try:
-            wait_until("gauges", at_rest, timeout_s=AT_REST_S)
-        except AssertionError:
-            self.problems.append(f"afterwards: not at rest: {last}")
+        left = at_rest.problems(self.mounted, timeout_s=AT_REST_S)
+        self.problems += [f"afterwards: {line}" for line in left]
         log = self.mounted.log()
         self._check_messages(log.splitlines())
         unforeseen = [

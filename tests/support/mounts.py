@@ -27,6 +27,9 @@ from valohai_fuse.sandbox.valohai import Sandbox
 COMMAND_TIMEOUT_S = 30.0
 POLL_S = 0.02
 
+GIVEN_UP = (r" engine\.flights: gave up on ", r" engine\.leases: input .*: its URLs could not be renewed: ")
+"""What the log may say at WARNING where reads fail or wait because a store or the API does."""
+
 _LOUD = re.compile(r"^\S+Z (WARNING|ERROR|CRITICAL) ")
 
 

@@ -153,7 +153,12 @@ class ValohaiApi:
 
     @staticmethod
     def _indexed(spool: _Spool, minted_at_s: float) -> Answer:
-        answer = Answer(spool.body(), minted_at_s)
+        try:
+            answer = Answer(spool.body(), minted_at_s)
+        except StoreUnavailableError as error:
+            # Its frames hold the body, and whoever remembers the error would keep as much disk with it.
+            error.__context__ = None
+            raise error.with_traceback(None) from None
         if answer.skipped:
             log.warning(
                 "Valohai's answer holds %d entries that make no sense, and %d that do", answer.skipped, answer.files
