@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from valohai_fuse.errors import UsageError
 
@@ -19,12 +19,19 @@ Group = Literal["location", "mount", "reading", "cache", "network", "log"]
 _UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5}
 
 
+SECONDS_MAX: Final = 10 * 365 * 86400.0
+"""Timers of the kernel and of libcurl hold it, in milliseconds as well."""
+
+
 def parse_bytes(text: str) -> int:
     """`10G`, `10GiB`, `512 MB`, `1048576` -> bytes; units are binary whichever way they are written."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"not a size: {text!r}", hint="write for example 512M, 20G or 1T")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size >= 2**63:
+        raise UsageError(f"more than any disk holds: {text[:40]!r}")
+    return int(size)
 
 
 def parse_share(text: str) -> str:
@@ -42,7 +49,10 @@ def parse_seconds(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", text)
     if match is None:
         raise UsageError(f"not a duration: {text!r}", hint="write for example 300, 250ms, 5m or 1h")
-    return float(match[1]) * {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    seconds = float(match[1]) * {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if seconds > SECONDS_MAX:
+        raise UsageError(f"longer than a machine lives: {text[:40]!r}")
+    return seconds
 
 
 def parse_bool(text: str) -> bool:
@@ -57,7 +67,7 @@ def parse_bool(text: str) -> bool:
 
 def _count(minimum: int, maximum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\s*\d+\s*", text) or not minimum <= int(text) <= maximum:
+        if not re.fullmatch(r"\s*\d{1,18}\s*", text) or not minimum <= int(text) <= maximum:
             raise UsageError(f"not a number from {minimum} to {maximum}: {text!r}")
         return int(text)
 

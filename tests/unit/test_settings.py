@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from valohai_fuse import settings
@@ -86,11 +86,19 @@ def test_durations(text: str, value: float) -> None:
     assert parse_seconds(text) == value
 
 
-@given(st.text(max_size=12))
+_NUMBERS = st.from_regex(r"\A[0-9\u0661]{1,400}(\.[0-9]+)?(ms|h|d|[KMGTP]i?B?|%)?\Z")
+
+
+@given(st.one_of(st.text(max_size=12), _NUMBERS))
+@example("9" * 400)
+@example("9" * 5000)
+@example("9" * 30 + "P")
 def test_no_text_does_worse_than_a_usage_error(text: str) -> None:
-    for parse in (parse_bytes, parse_seconds, parse_bool, parse_share):
+    """Nor does any give a number that a system call could not take."""
+    for parse in (parse_bytes, parse_seconds, parse_bool, parse_share, *(option.parse for option in OPTIONS)):
         with contextlib.suppress(UsageError):
-            parse(text)
+            value = parse(text)
+            assert not isinstance(value, float | int) or value < 2**63
 
 
 def test_children_find_this_package_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

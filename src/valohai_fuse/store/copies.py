@@ -117,13 +117,15 @@ class Copy:
                     for index, digest in _entries(lines)
                     if self._piece_digest(part.fileno(), index) == digest
                 }
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             self._version = None
             return set()
 
     def _piece_digest(self, part: int, index: str) -> str:
         start = int(index, 16) * SEGMENT_BYTES
-        length = max(0, min(SEGMENT_BYTES, self.key.size - start))
+        if start >= self.key.size:
+            return ""
+        length = min(SEGMENT_BYTES, self.key.size - start)
         data = os.pread(part, length, start)
         return xxhash.xxh3_64_hexdigest(data) if len(data) == length else ""
 
