@@ -113,6 +113,7 @@ def _pool(settings: Settings, metrics: Metrics) -> WorkerPool:
         connect_timeout_s=settings.connect_timeout,
         stall_timeout_s=settings.stall_timeout,
         ca_file=settings.ca_file,
+        hedging=settings.hedging,
     )
 
 

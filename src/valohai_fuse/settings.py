@@ -249,6 +249,15 @@ OPTIONS: tuple[Option, ...] = (
         "A transfer without a byte for this long is given up and repeated.",
     ),
     _option(
+        "hedging",
+        "network",
+        "1",
+        parse_bool,
+        "",
+        "Ask once more, on another connection, for what a reader waits for and its store answers far later than usual; one "
+        "request in twenty at the most.",
+    ),
+    _option(
         "renew_margin", "network", "60", parse_seconds, "SECONDS", "Renew a signed URL this long before it expires."
     ),
     _option(
@@ -306,6 +315,7 @@ class Settings:
     connections: int
     connect_timeout: float
     stall_timeout: float
+    hedging: bool
     renew_margin: float
     ca_file: str | None
     api_input_parameter: str

@@ -140,6 +140,7 @@ async def rig(
     idle_s: float = 60,
     ca_file: str | None = None,
     tls: bool = False,
+    hedging: bool = True,
 ) -> AsyncIterator[Rig]:
     """Pool and store for the time of the block; at its end no worker process may be left."""
     metrics = RecordingMetrics()
@@ -151,6 +152,7 @@ async def rig(
         stall_timeout_s=stall_timeout_s,
         idle_s=idle_s,
         ca_file=ca_file,
+        hedging=hedging,
     )
     pids: tuple[int, ...] = ()
     with trio.fail_after(60):

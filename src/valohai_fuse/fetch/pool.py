@@ -5,9 +5,12 @@ so that a reader never waits behind a guess. Orders go where a connection to the
 clearly more to do than another. Workers start with the first order and as load calls for them; those that stay idle are
 closed, all but one.
 
-Concurrency: everything here happens on the trio thread. `_assign` alone moves an order from waiting to under way, and
-`_conclude` alone takes it out again; neither awaits, so no invariant spans a checkpoint:
-`_active == sum(len(w.orders) for w in _workers)`, `_active <= connections`, `_active_ahead <= _ahead_max`.
+What a reader waits for and a store answers much later than its peers is asked for once more, on another connection, within
+the bounds of `model.hedge`; the worker says what is late, for it knows when the request was on the wire.
+
+Concurrency: everything here happens on the trio thread. `_send` alone puts a request under way, and `_leave` alone takes it
+out again; neither awaits, so no invariant spans a checkpoint:
+`_active == sum(len(w.legs) for w in _workers)`, `_active <= connections`, `_active_ahead <= _ahead_max`.
 Must not know: retries, leases, what a block is.
 """
 
@@ -16,18 +19,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from bisect import insort
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
+from cachetools import LRUCache
 
 from valohai_fuse.errors import ConfigurationError
-from valohai_fuse.fetch import wire
+from valohai_fuse.fetch import tickets, wire
 from valohai_fuse.fetch.authorities import system_ca_file
 from valohai_fuse.fetch.process import WorkerProcess
+from valohai_fuse.fetch.tickets import Leg, Ticket, Worker, lost
+from valohai_fuse.model.hedge import Hedging
 from valohai_fuse.ports import FailureKind, Fetched, FetchFailed, FetchOrder, Landed, Metrics, Priority
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,8 @@ _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
 _WARM_BONUS = 4
 """How many more orders a worker may have under way than another and still get one for its idle connection."""
+_HOSTS_MAX = 64
+"""Of so many hosts it is known how soon they answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +56,6 @@ class PoolStatistics:
     connections_new: int
 
 
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """One call of `fetch`."""
-
-    id: int
-    order: FetchOrder
-    framed: bytes = field(repr=False)
-    landed: Callable[[Landed], None]
-    priority: Priority
-    origin: str
-    ended: trio.Event = field(default_factory=trio.Event)
-    result: Fetched | BaseException | None = None
-    worker: _Worker | None = None
-    landed_bytes: int = 0
-
-
-def _turn(ticket: _Ticket) -> int:
-    return ticket.order.turn
-
-
-@dataclass(eq=False, slots=True)
-class _Worker:
-    process: WorkerProcess
-    orders: dict[int, _Ticket] = field(default_factory=dict)
-    idle_connections: Counter[str] = field(default_factory=Counter)
-    """By origin; an estimate, for stores close connections without telling."""
-    ready: bool = False
-    idle_since_s: float = 0.0
-
-
 class WorkerPool:
     """See the module's text. Runs within `run` (or `open_pool`); `fetch` may be called while that is so."""
 
@@ -92,6 +68,7 @@ class WorkerPool:
         connect_timeout_s: float = 10,
         stall_timeout_s: float = 30,
         ca_file: str | None = None,
+        hedging: bool = True,
         idle_s: float = 60,
     ) -> None:
         """`workers` 0: as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
@@ -112,9 +89,12 @@ class WorkerPool:
             ca_file=system_ca_file(),
             extra_ca_file=ca_file,
         )
-        self._waiting: dict[Priority, list[_Ticket]] = {priority: [] for priority in Priority}
+        self._hedging = hedging
+        self._hosts: LRUCache[str, Hedging] = LRUCache(_HOSTS_MAX)
+        """By origin."""
+        self._waiting: dict[Priority, list[Ticket]] = {priority: [] for priority in Priority}
         """Ascending by turn: tasks that order do not run in the order in which the engine began them."""
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._active = 0
         self._active_ahead = 0
         self._next_id = 0
@@ -137,7 +117,7 @@ class WorkerPool:
         finally:
             for queue in self._waiting.values():
                 while queue:
-                    self._end(queue.pop(0), _lost("the pool is closed"))
+                    queue.pop(0).end(lost("the pool is closed"))
 
     def prewarm(self) -> None:
         """Starts the first worker, so that the first order does not wait for one (70 ms and more). Once: where that fails, the
@@ -152,13 +132,10 @@ class WorkerPool:
         without bytes."""
         if not len(order.extent):
             raise ValueError("an order without bytes")
-        self._next_id += 1
-        # Framed here, so that what cannot be encoded is this caller's error and nobody else's.
-        framed = wire.frame(_wire_order(self._next_id, order))
-        ticket = _Ticket(self._next_id, order, framed, landed, order.priority, _origin(order.lease.url))
+        ticket = self._ticket(order, landed)
         if self._nursery is None:
-            raise _lost("the pool is closed")
-        insort(self._waiting[ticket.priority], ticket, key=_turn)
+            raise lost("the pool is closed")
+        insort(self._waiting[ticket.priority], ticket, key=tickets.turn)
         self._assign()
         try:
             await ticket.ended.wait()
@@ -172,13 +149,19 @@ class WorkerPool:
 
     def promote(self, order: FetchOrder) -> None:
         """A reader now waits for this AHEAD order (the same object that was given to `fetch`): if it has not been sent, it
-        moves to the demand queue. No such order: nothing happens."""
+        moves to the demand queue; if it is late, it is asked for once more. No such order: nothing happens."""
         for ticket in self._waiting[Priority.AHEAD]:
             if ticket.order is order:
                 self._waiting[Priority.AHEAD].remove(ticket)
-                ticket.priority = Priority.DEMAND
-                insort(self._waiting[Priority.DEMAND], ticket, key=_turn)
+                ticket.priority, ticket.is_wanted = Priority.DEMAND, True
+                insort(self._waiting[Priority.DEMAND], ticket, key=tickets.turn)
                 self._assign()
+                return
+        for ticket in [leg.ticket for worker in self._workers for leg in worker.legs.values()]:
+            if ticket.order is order:
+                ticket.is_wanted = True
+                if ticket.is_late:
+                    self._hedge(ticket)
                 return
 
     def statistics(self) -> PoolStatistics:
@@ -199,16 +182,47 @@ class WorkerPool:
 
     # --- who gets what ------------------------------------------------------------------------------------------------
 
+    def _ticket(self, order: FetchOrder, landed: Callable[[Landed], None]) -> Ticket:
+        """Framed at once, so that what cannot be encoded is this caller's error and nobody else's."""
+        self._next_id += 1
+        origin = tickets.origin(order.lease.url)
+        framed = tickets.framed(
+            self._next_id,
+            order,
+            start=order.extent.start,
+            expect_version=order.expect_version,
+            late_after_s=self._host(origin).late_after_s if self._hedging else 0.0,
+        )
+        return Ticket(
+            self._next_id,
+            order,
+            framed,
+            landed,
+            order.priority,
+            origin,
+            is_wanted=order.priority is Priority.DEMAND,
+            version=order.expect_version,
+            upto=order.extent.start,
+        )
+
+    def _host(self, origin: str) -> Hedging:
+        host: Hedging | None = self._hosts.get(origin)
+        if host is None:
+            host = self._hosts[origin] = Hedging()
+        return host
+
     def _assign(self) -> None:
         """Hands waiting orders to workers as far as the limits allow."""
         while self._nursery is not None and (ticket := self._next_ticket()) is not None:
             worker = self._choose(ticket.origin)
             if worker is None:
-                self._end(ticket, _lost("no worker process can be started"))
+                ticket.end(lost("no worker process can be started"))
                 continue
-            self._send(ticket, worker)
+            self._host(ticket.origin).sent()
+            is_ahead = ticket.priority is Priority.AHEAD
+            self._send(Leg(ticket.id, ticket, worker, ticket.order.extent.start, is_ahead), ticket.framed)
 
-    def _next_ticket(self) -> _Ticket | None:
+    def _next_ticket(self) -> Ticket | None:
         if self._active >= self._connections:
             return None
         if self._waiting[Priority.DEMAND]:
@@ -217,122 +231,165 @@ class WorkerPool:
             return self._waiting[Priority.AHEAD].pop(0)
         return None
 
-    def _choose(self, origin: str) -> _Worker | None:
+    def _choose(self, origin: str) -> Worker | None:
         if len(self._workers) < self._workers_max and all(
-            w.ready and len(w.orders) >= _ORDERS_PER_WORKER for w in self._workers
+            w.ready and len(w.legs) >= _ORDERS_PER_WORKER for w in self._workers
         ):
             self._spawn()
         # A worker that is still starting gets nothing while another can take it.
         candidates = [w for w in self._workers if w.ready] or self._workers
         return min(
             candidates,
-            key=lambda w: len(w.orders) - (_WARM_BONUS if w.idle_connections[origin] > 0 else 0),
+            key=lambda w: len(w.legs) - (_WARM_BONUS if w.idle_connections[origin] > 0 else 0),
             default=None,
         )
 
-    def _send(self, ticket: _Ticket, worker: _Worker) -> None:
-        ticket.worker = worker
-        worker.orders[ticket.id] = ticket
-        if worker.idle_connections[ticket.origin] > 0:
-            worker.idle_connections[ticket.origin] -= 1
+    def _send(self, leg: Leg, framed: bytes) -> None:
+        worker, origin = leg.worker, leg.ticket.origin
+        leg.ticket.legs.append(leg)
+        worker.legs[leg.id] = leg
+        if worker.idle_connections[origin] > 0:
+            worker.idle_connections[origin] -= 1
         self._active += 1
-        self._active_ahead += ticket.priority is Priority.AHEAD
+        self._active_ahead += leg.is_ahead
         self._requests += 1
         self._metrics.count("fetches")
-        worker.process.post(ticket.framed)
+        worker.process.post(framed)
+
+    def _hedge(self, ticket: Ticket) -> None:
+        """Asks once more for what has not landed of a late ticket, unless nobody waits for it or a bound forbids it. Never
+        more than once, and without an end to its patience: the worker that says late again finds it hedged."""
+        if not ticket.is_wanted or ticket.is_hedged or self._active >= self._connections or self._nursery is None:
+            return
+        worker = self._choose(ticket.origin)
+        if worker is None or not self._host(ticket.origin).take(trio.current_time()):
+            return
+        ticket.is_hedged = True
+        self._next_id += 1
+        leg = Leg(self._next_id, ticket, worker, ticket.upto, is_ahead=False, is_hedge=True)
+        self._metrics.count("fetch_hedges")
+        self._send(
+            leg,
+            tickets.framed(leg.id, ticket.order, start=leg.start, expect_version=ticket.version, late_after_s=0.0),
+        )
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
 
-    def _received(self, worker: _Worker, message: wire.ToPool) -> None:
+    def _received(self, worker: Worker, message: wire.ToPool) -> None:
         if isinstance(message, wire.Ready):
             worker.ready = True
             return
-        ticket = worker.orders.get(message.id)
-        if ticket is None:
-            return  # cancelled meanwhile
-        if isinstance(message, wire.Landed):
-            self._progress(ticket, message)
-        elif isinstance(message, wire.Done):
-            worker.idle_connections[ticket.origin] += 1
-            extent = ticket.order.extent
-            if ticket.landed_bytes < len(extent):
-                self._progress(ticket, wire.Landed(id=message.id, upto=extent.stop, version=message.version))
-            if ticket.ended.is_set():
-                return  # whoever ordered did not like what landed
-            self._count(message.fetched_bytes - ticket.landed_bytes, new_connection=message.new_connection)
-            self._metrics.count("fetch_first_byte_seconds", message.first_byte_s)
-            self._conclude(
-                ticket,
-                Fetched(
-                    version=message.version,
-                    fetched_bytes=message.fetched_bytes,
-                    first_byte_s=message.first_byte_s,
-                    total_s=message.total_s,
-                    new_connection=message.new_connection,
-                    disk_wait_s=message.disk_wait_s,
-                    is_kept=message.is_kept,
-                    disk_error=message.disk_error,
-                ),
-            )
-        else:
-            self._count(message.fetched_bytes - ticket.landed_bytes, new_connection=False)
-            self._conclude(
-                ticket,
-                FetchFailed(
-                    FailureKind(message.kind),
-                    message.detail,
-                    status=message.status,
-                    retry_after_s=message.retry_after_s,
-                    server_date_s=message.server_date_s,
-                ),
-            )
+        leg = worker.legs.get(message.id)
+        if leg is None:
+            return  # whoever ordered is gone
+        ticket = leg.ticket
+        match message:
+            case wire.Late():
+                ticket.is_late = True
+                self._hedge(ticket)
+            case wire.Landed() | wire.Done() if ticket.version not in {None, message.version}:
+                # Both were under way before either told the version, and the object changed in between.
+                if isinstance(message, wire.Done):
+                    self._leave(leg, FetchFailed(FailureKind.CHANGED, "another ETag than before"))
+                else:
+                    leg.cancel()
+            case wire.Landed():
+                self._progress(leg, message.upto, message.version)
+            case wire.Done():
+                self._done(leg, message)
+            case wire.Cancelled():
+                self._count(leg, message.fetched_bytes)
+                self._leave(leg, None)
+            case wire.Failed():
+                self._failed(leg, message)
 
-    def _progress(self, ticket: _Ticket, message: wire.Landed) -> None:
-        landed_bytes = message.upto - ticket.order.extent.start
-        self._count(landed_bytes - ticket.landed_bytes, new_connection=False)
-        ticket.landed_bytes = landed_bytes
+    def _progress(self, leg: Leg, upto: int, version: str) -> None:
+        self._count(leg, upto - leg.start)
         try:
-            ticket.landed(Landed(message.upto, message.version))
+            is_news = leg.ticket.advance(leg, upto, version)
         except Exception as error:  # noqa: BLE001 - a fault of the caller's ends the caller's order, not the pool
-            self._cancel(ticket, error)
+            self._cancel(leg.ticket, error)
+            return
+        if is_news and leg.is_hedge and upto == leg.ticket.order.extent.stop:
+            self._metrics.count("fetch_hedges_won")
 
-    def _count(self, fetched_bytes: int, *, new_connection: bool) -> None:
-        if fetched_bytes > 0:
-            self._metrics.count("fetched_bytes", fetched_bytes)
-        if new_connection:
+    def _done(self, leg: Leg, message: wire.Done) -> None:
+        ticket = leg.ticket
+        leg.worker.idle_connections[ticket.origin] += 1
+        self._progress(leg, ticket.order.extent.stop, message.version)
+        if ticket.ended.is_set():
+            return  # whoever ordered did not like what landed
+        self._count(leg, message.fetched_bytes)
+        self._metrics.count("fetch_first_byte_seconds", message.first_byte_s)
+        if message.new_connection:
             self._connections_new += 1
             self._metrics.count("connections_opened")
+        else:
+            self._host(ticket.origin).answered(message.first_byte_s)
+        self._leave(
+            leg,
+            Fetched(
+                version=message.version,
+                fetched_bytes=message.fetched_bytes,
+                first_byte_s=message.first_byte_s,
+                total_s=message.total_s,
+                new_connection=message.new_connection,
+                disk_wait_s=message.disk_wait_s,
+                is_kept=message.is_kept,
+                disk_error=message.disk_error,
+            ),
+        )
 
-    def _conclude(self, ticket: _Ticket, result: Fetched | BaseException) -> None:
-        """Frees what an order under way holds, and passes it on to the next."""
-        worker = ticket.worker
-        assert worker is not None
-        del worker.orders[ticket.id]
-        if not worker.orders:
+    def _failed(self, leg: Leg, message: wire.Failed) -> None:
+        kind = FailureKind(message.kind)
+        if kind is FailureKind.THROTTLED:
+            self._host(leg.ticket.origin).throttled(trio.current_time())
+        self._count(leg, message.fetched_bytes)
+        self._leave(
+            leg,
+            FetchFailed(
+                kind,
+                message.detail,
+                status=message.status,
+                retry_after_s=message.retry_after_s,
+                server_date_s=message.server_date_s,
+            ),
+        )
+
+    def _count(self, leg: Leg, fetched_bytes: int) -> None:
+        """A request has fetched that much so far, at the least."""
+        if fetched_bytes > leg.fetched_bytes:
+            self._metrics.count("fetched_bytes", fetched_bytes - leg.fetched_bytes)
+            leg.fetched_bytes = fetched_bytes
+
+    def _leave(self, leg: Leg, result: Fetched | BaseException | None) -> None:
+        """Frees what a request under way holds, and passes it on to the next. With its last request an order is over."""
+        worker, ticket = leg.worker, leg.ticket
+        del worker.legs[leg.id]
+        if not worker.legs:
             worker.idle_since_s = trio.current_time()
         self._active -= 1
-        self._active_ahead -= ticket.priority is Priority.AHEAD
-        self._end(ticket, result)
+        self._active_ahead -= leg.is_ahead
+        if ticket.leave(leg, result):
+            if ticket.is_hedged:
+                self._metrics.count("fetch_hedge_bytes", max(0, ticket.fetched_bytes - len(ticket.order.extent)))
+            ticket.end(ticket.result or lost("cancelled"))
         self._assign()
 
-    @staticmethod
-    def _end(ticket: _Ticket, result: Fetched | BaseException) -> None:
-        ticket.result = result
-        ticket.ended.set()
-
-    def _withdraw(self, ticket: _Ticket) -> None:
-        """The caller was cancelled: the order's connection is free for others at once."""
+    def _withdraw(self, ticket: Ticket) -> None:
+        """The caller was cancelled: the order's connections are free for others at once."""
         if ticket.ended.is_set():
             return
-        if ticket.worker is None:
-            self._waiting[ticket.priority].remove(ticket)
+        if ticket.legs:
+            self._cancel(ticket, lost("cancelled"))
         else:
-            self._cancel(ticket, _lost("cancelled"))
+            self._waiting[ticket.priority].remove(ticket)
 
-    def _cancel(self, ticket: _Ticket, reason: BaseException) -> None:
-        assert ticket.worker is not None
-        ticket.worker.process.post(wire.frame(wire.Cancel(id=ticket.id)))
-        self._conclude(ticket, reason)
+    def _cancel(self, ticket: Ticket, reason: BaseException) -> None:
+        ticket.result = None
+        for leg in ticket.legs.copy():
+            leg.cancel()
+            self._leave(leg, reason)
 
     # --- the workers' lives -------------------------------------------------------------------------------------------
 
@@ -345,7 +402,7 @@ class WorkerPool:
         except OSError as error:
             _log.warning("cannot start a fetch worker: %s", error.strerror)
             return
-        worker = _Worker(process, idle_since_s=trio.current_time())
+        worker = Worker(process, idle_since_s=trio.current_time())
         self._workers.append(worker)
         self._metrics.count("workers_started")
         self._metrics.gauge("workers", len(self._workers))
@@ -353,22 +410,22 @@ class WorkerPool:
             self._several_workers.set()
         self._nursery.start_soon(self._serve, worker)
 
-    async def _serve(self, worker: _Worker) -> None:
+    async def _serve(self, worker: Worker) -> None:
         try:
             await worker.process.serve(lambda message: self._received(worker, message))
         finally:
             self._bury(worker)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _bury(self, worker: Worker) -> None:
         if worker in self._workers:  # not one that was closed for idleness
             self._workers.remove(worker)
             self._metrics.gauge("workers", len(self._workers))
             if self._nursery is not None:
                 self._metrics.count("workers_lost")
-        if worker.orders and self._nursery is not None:
-            _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.orders))
-        for ticket in list(worker.orders.values()):
-            self._conclude(ticket, _lost("the worker process died"))
+        if worker.legs and self._nursery is not None:
+            _log.warning("a fetch worker (pid %d) died with %d orders", worker.process.pid, len(worker.legs))
+        for leg in list(worker.legs.values()):
+            self._leave(leg, lost("the worker process died"))
 
     async def _retire_idle_workers(self) -> None:
         """Closes what has been idle for long; sleeps for good while there is only one worker."""
@@ -376,7 +433,7 @@ class WorkerPool:
             await self._several_workers.wait()
             await trio.sleep(self._idle_s / 2)
             idle_before_s = trio.current_time() - self._idle_s
-            for worker in [w for w in self._workers if not w.orders and w.idle_since_s <= idle_before_s]:
+            for worker in [w for w in self._workers if not w.legs and w.idle_since_s <= idle_before_s]:
                 if len(self._workers) > 1:
                     self._workers.remove(worker)
                     worker.process.close()
@@ -398,28 +455,3 @@ async def open_pool(pool: WorkerPool) -> AsyncIterator[WorkerPool]:
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
-
-
-def _wire_order(order_id: int, order: FetchOrder) -> wire.Order:
-    return wire.Order(
-        id=order_id,
-        url=wire.name_bytes(order.lease.url),
-        headers=tuple((wire.name_bytes(name), wire.name_bytes(value)) for name, value in order.lease.headers),
-        stable_id=wire.name_bytes(order.key.stable_id),
-        size=order.key.size,
-        start=order.extent.start,
-        stop=order.extent.stop,
-        expect_version=order.expect_version,
-        segment_path=os.fsencode(order.segment_path),
-        staging_path=os.fsencode(order.staging_path),
-        awaited_upto=order.awaited_upto,
-    )
-
-
-def _origin(url: str) -> str:
-    match = re.match(r"[A-Za-z]+://[^/?#]*", url)
-    return match[0].lower() if match else ""
-
-
-def _lost(detail: str) -> FetchFailed:
-    return FetchFailed(FailureKind.WORKER_LOST, detail)

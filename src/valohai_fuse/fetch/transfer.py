@@ -33,6 +33,10 @@ PATIENT_INTERVAL_S: Final = 0.02
 PROGRESS_BYTES: Final = 16 * 1024
 """So much must come within the stall timeout to count as progress (550 B/s by default): a connection that trickles is as good
 as dead, and a reader would wait for it until its deadline while a new connection serves."""
+CONNECTING_PATIENCE: Final = 3
+"""How many times as long an answer may take on a new connection: TCP and TLS are a round trip each before the request's."""
+LATE_BODY_S: Final = 0.5
+"""A body in which nothing came for this long is late at the soonest: below, it is a lost packet, which TCP repeats."""
 ERROR_BODY_BYTES: Final = 4096
 """How much of an error's body is looked at."""
 ERROR_BODY_BYTES_MAX: Final = 64 * 1024
@@ -118,6 +122,10 @@ class Transfer:
         """When the store last began to answer or sent PROGRESS_BYTES of a body; a stall is counted from here."""
         self._progress_bytes = 0
         """Of bodies, as they stood then."""
+        self._heard_at_s = now_s
+        """When anything last came; being late is counted from here."""
+        self._late_patience = 1
+        self._connects = False
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
@@ -165,6 +173,7 @@ class Transfer:
         if purpose == pycurl.SOCKTYPE_IPCXN and peers.is_forbidden(str(address.addr[0])):
             self.forbidden_peer = True
             return pycurl.SOCKET_BAD
+        self._connects = True
         return socket.socket(address.family, address.socktype, address.protocol)
 
     def redirect(self) -> bool:
@@ -197,6 +206,7 @@ class Transfer:
         answered = bool(self._head_lines) and not self._answered
         if self._incoming or answered:
             self._answered = True
+            self._heard_at_s, self._late_patience = now_s, 1
             self._take()
             if answered or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
                 self.progress_at_s, self._progress_bytes = now_s, self.fetched_bytes
@@ -213,6 +223,26 @@ class Transfer:
     def land_at_s(self) -> float | None:
         """When `advance` is to be called even if nothing arrives; None: no need."""
         return self._landed_at_s + self._interval_s if self._due_bytes() else None
+
+    @property
+    def late_at_s(self) -> float | None:
+        """When the pool is to hear that nothing comes, unless something does; None: never."""
+        if not self.order.late_after_s or self.complete:
+            return None
+        patience_s = self.order.late_after_s
+        if self._answered:
+            patience_s = max(patience_s, LATE_BODY_S)
+        elif self._connects:
+            patience_s *= CONNECTING_PATIENCE
+        return self._heard_at_s + patience_s * self._late_patience
+
+    def take_late(self, now_s: float) -> bool:
+        """Whether that is so now; it is said again after twice the time."""
+        late_at_s = self.late_at_s
+        if late_at_s is None or now_s < late_at_s:
+            return False
+        self._late_patience *= 2
+        return True
 
     @property
     def complete(self) -> bool:

@@ -2,7 +2,8 @@
 
 A message is a length (4 bytes, big-endian) and that many bytes of msgpack: a tagged union, one tag per struct below. The
 pool sends one `Configure` first, then `Order` and `Cancel`; the worker answers with one `Ready`, then for each order any
-number of `Landed` and exactly one of `Done` and `Failed`, except for a cancelled order, which may end in silence.
+number of `Landed` and `Late` and exactly one of `Done`, `Failed` and `Cancelled`. After that one nothing of the order's answer
+is written any more, but for what had landed of a staged one on its way to the disk.
 
 URLs and headers travel over this socket only: never in argv, in an environment or in a log. That is why no struct here
 has a repr that shows them.
@@ -52,6 +53,8 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     segment_path: bytes
     staging_path: bytes = b""
     awaited_upto: int = 0
+    late_after_s: float = 0.0
+    """How long without an answer to a request that is on the wire makes it `Late`; 0: never."""
 
     def __repr__(self) -> str:
         return f"Order(id={self.id}, start={self.start}, stop={self.stop})"
@@ -59,6 +62,20 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Nobody waits for this order any more; unknown ids are normal, the order may just have ended."""
+
+    id: int
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
+    """The order is over because of a `Cancel`."""
+
+    id: int
+    fetched_bytes: int = 0
+    """What came of the body before."""
+
+
+class Late(msgspec.Struct, frozen=True, tag="late"):
+    """Nothing has come for this order for longer than it says, or for twice as long as when this was last said."""
 
     id: int
 
@@ -103,7 +120,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 ToWorker = Configure | Order | Cancel
-ToPool = Ready | Landed | Done | Failed
+ToPool = Ready | Landed | Late | Done | Failed | Cancelled
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker_decoder: Final = msgspec.msgpack.Decoder(ToWorker)

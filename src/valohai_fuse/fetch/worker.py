@@ -5,7 +5,7 @@ landed (`transfer.py`) before the next wait; what landed in memory is written to
 process ends when its socket does, and so never outlives the daemon: no signal is needed for that, and PR_SET_PDEATHSIG would
 tie it to the daemon's *thread* that started it.
 
-Invariants: each order is answered once (or was cancelled); a connection is kept after every answer that was read to its
+Invariants: each order is answered once, a cancelled one too; a connection is kept after every answer that was read to its
 end; nothing is written but segment files and messages. Must not know: retries, priorities, leases. Imports are kept few,
 for a reader waits while this starts.
 """
@@ -32,10 +32,12 @@ from valohai_fuse.fetch.response import Rejected
 from valohai_fuse.fetch.transfer import OpenLanding, Transfer, first_byte_s
 from valohai_fuse.fetch.wire import (
     Cancel,
+    Cancelled,
     Configure,
     Deframer,
     Done,
     Landed,
+    Late,
     Order,
     Ready,
     ToPool,
@@ -128,8 +130,7 @@ class Worker:
         moments = [at_s for at_s in (self._curl_timer_at_s, self._behind.give_up_at_s) if at_s is not None]
         for transfer in self._transfers.values():
             moments.append(transfer.progress_at_s + self._configure.stall_timeout_s)
-            if (land_at_s := transfer.land_at_s) is not None:
-                moments.append(land_at_s)
+            moments += [at_s for at_s in (transfer.land_at_s, transfer.late_at_s) if at_s is not None]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _new_curl(self) -> pycurl.Curl:
@@ -177,6 +178,7 @@ class Worker:
             elif isinstance(message, Cancel):
                 if (transfer := self._transfers.get(message.id)) is not None:
                     self._release(transfer)
+                    self._post(Cancelled(id=message.id, fetched_bytes=transfer.fetched_bytes))
             else:
                 self._apply(message)
         return True
@@ -218,6 +220,8 @@ class Worker:
                 landed = transfer.advance(now_s)
                 if landed is not None:
                     self._post(landed)
+                if transfer.take_late(now_s):
+                    self._post(Late(id=transfer.order.id))
                 stalled = now_s - transfer.progress_at_s >= self._configure.stall_timeout_s
                 if transfer.surplus or (stalled and transfer.complete):
                     self._conclude(transfer, now_s)
