@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -140,6 +141,7 @@ async def rig(
     idle_s: float = 60,
     ca_file: str | None = None,
     tls: bool = False,
+    tls_version: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED,
     hedging: bool = True,
 ) -> AsyncIterator[Rig]:
     """Pool and store for the time of the block; at its end no worker process may be left."""
@@ -156,7 +158,7 @@ async def rig(
     )
     pids: tuple[int, ...] = ()
     with trio.fail_after(60):
-        async with open_store(content, tls=loopback_tls() if tls else None) as store:
+        async with open_store(content, tls=loopback_tls(tls_version) if tls else None) as store:
             async with open_pool(pool):
                 yield Rig(pool, store, directory, metrics)
                 pids = pool.worker_pids

@@ -83,6 +83,8 @@ class RawStore:
         self.requests: list[Request] = []
         self.connections = 0
         self.open_connections = 0
+        self.resumed_connections = 0
+        """Those over TLS that took up the session of an earlier one."""
         self.changed = trio.Event()
         """Set and replaced whenever a request arrives or a connection ends."""
 
@@ -112,6 +114,9 @@ class RawStore:
 
     async def _converse(self, stream: trio.abc.Stream, connection: int) -> None:
         buffer = b""
+        if isinstance(stream, trio.SSLStream):
+            await stream.do_handshake()
+            self.resumed_connections += bool(stream.session_reused)
         while True:
             while b"\r\n\r\n" not in buffer:
                 data = await stream.receive_some(65536)
@@ -168,9 +173,10 @@ async def open_store(content: bytes, *, tls: ssl.SSLContext | None = None) -> As
         nursery.cancel_scope.cancel()
 
 
-def loopback_tls() -> ssl.SSLContext:
-    """For `open_store(tls=...)`."""
+def loopback_tls(version: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> ssl.SSLContext:
+    """For `open_store(tls=...)`; `version` is the highest that is spoken."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = version
     context.load_cert_chain(LOOPBACK_PEM)
     return context
 
