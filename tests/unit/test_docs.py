@@ -25,6 +25,7 @@ COVERED = {
     "./scripts/test": "is what CI runs",
     "./scripts/check": "is run by ./scripts/test",
     "scripts/bench": "has tests of its own: tests/unit/test_bench*.py",
+    "scripts/simulate": "is run by tests/unit/test_simulate.py, as it stands",
     "docker": "the Dockerfile is tried by ./scripts/test-image",
     "apt-get": "run by ./scripts/setup and ./scripts/test-image",
 }
@@ -100,7 +101,8 @@ def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
         {option.flag for option in OPTIONS} | set(re.findall(r'"(--[a-z][a-z-]+)', source)) | {"--help", "--version"}
     )
     others = {"--device", "--cap-add", "--security-opt", "--from"}  # docker's
-    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").iterdir() if path.is_file())
+    files = [*(ROOT / "scripts").iterdir(), *(ROOT / "benchmarks").glob("*.py")]
+    scripts = "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
     assert not {flag for flag in mentioned - known - others if flag not in scripts}
 

@@ -127,10 +127,12 @@ class RemoteObject:
 class Handle:
     """One open file. Reads through it fail once the object's generation has moved on."""
 
-    __slots__ = ("generation", "object", "planner")
+    __slots__ = ("generation", "number", "object", "planner")
 
-    def __init__(self, obj: RemoteObject, window_bytes_max: int) -> None:
+    def __init__(self, obj: RemoteObject, window_bytes_max: int, number: int = 0) -> None:
         self.object = obj
+        self.number = number
+        """Tells the handles of a mount apart in its log."""
         self.generation = obj.generation
         self.planner = Planner(obj.key.size, window_bytes_max)
 

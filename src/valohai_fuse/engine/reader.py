@@ -67,6 +67,7 @@ class Reader:
         self._window_bytes_total = window_bytes_total
         self._objects: dict[Inode, RemoteObject] = {}
         self._handles = 0
+        self._opens = 0
         self._waiting = 0
         flights.idle = self._forget
 
@@ -83,7 +84,8 @@ class Reader:
             raise errors.ObjectMissingError(f"{obj.label}: the store says that it does not exist")
         obj.handles += 1
         self._handles += 1
-        return Handle(obj, self._window_bytes_max), obj.generation == 0
+        self._opens += 1
+        return Handle(obj, self._window_bytes_max, self._opens), obj.generation == 0
 
     def close(self, handle: Handle) -> None:
         """The last close of a file forgets it, except that it changed or vanished, which later opens must know."""
@@ -129,6 +131,7 @@ class Reader:
         if offset >= stop:
             return b""
         extent = Extent(offset, stop)
+        began_t = trio.current_time() if log.isEnabledFor(logging.DEBUG) else None
         plan = handle.planner.on_read(offset, stop)
         self._metrics.count("reads")
         found = self._look(obj, extent)
@@ -147,6 +150,8 @@ class Reader:
             self._look_ahead(obj, handle, plan)
         obj.served = True
         self._metrics.count("read_bytes", len(extent))
+        if began_t is not None:
+            _record(handle, extent, began_t)
         return found
 
     def _look(self, obj: RemoteObject, extent: Extent) -> Bytes | NotHere:
@@ -273,6 +278,21 @@ class Reader:
     def open_labels(self, limit: int) -> list[str]:
         """Names of files that are open now, `limit` at the most."""
         return [obj.label for obj in self._objects.values() if obj.handles][:limit]
+
+
+def _record(handle: Handle, extent: Extent, began_t: float) -> None:
+    """A line of the log from which `scripts/simulate` makes a trace."""
+    obj = handle.object
+    log.debug(
+        "read handle=%d file=%d offset=%d size=%d of=%d at=%.6f took=%.6f",
+        handle.number,
+        obj.inode,
+        extent.start,
+        len(extent),
+        obj.key.size,
+        began_t,
+        trio.current_time() - began_t,
+    )
 
 
 def _range(extent: Extent) -> tuple[int, int]:
