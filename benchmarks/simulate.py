@@ -11,7 +11,7 @@ import math
 import sys
 from pathlib import Path
 
-from benchmarks.simulation import Line, Outcome, Simulation
+from benchmarks.simulation import Line, Outcome, Simulation, default_of
 from benchmarks.traces import MADE, Trace, dump, load
 from valohai_fuse.errors import UsageError
 from valohai_fuse.settings import parse_bytes
@@ -37,17 +37,20 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--latency-ms", type=_number, default=20, metavar="MS", help="to a request's first byte (20)")
     parser.add_argument("--mb-s", type=_number, default=600, metavar="N", help="of all connections together (600)")
     parser.add_argument("--per-connection-mb-s", type=_number, default=math.inf, metavar="N", help="of each (no limit)")
-    parser.add_argument("--connections", type=int, default=32, metavar="N", help="as the setting (32)")
-    parser.add_argument("--window", type=_size, default="64M", metavar="SIZE", help="as --readahead (64M)")
-    parser.add_argument(
-        "--window-total", type=_size, default="128M", metavar="SIZE", help="as --readahead-total (128M)"
-    )
+    for flag, setting, parse in (
+        ("--connections", "connections", int),
+        ("--window", "readahead", _size),
+        ("--window-total", "readahead_total", _size),
+    ):
+        default = default_of(setting)
+        text = f"as the setting --{setting.replace('_', '-')} ({default})"
+        parser.add_argument(flag, type=parse, default=default, metavar="N" if parse is int else "SIZE", help=text)
     return parser.parse_args(argv)
 
 
 def _number(text: str) -> float:
     value = float(text)
-    if not value >= 0:
+    if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"not a number from 0 on: {text!r}")
     return value
 

@@ -19,25 +19,30 @@ from dataclasses import dataclass, field
 
 from benchmarks.meters import percentile
 from benchmarks.traces import Read, Trace
+from valohai_fuse.engine.flights import FINISH_BYTES_MAX
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent, align, split_by_segment
 from valohai_fuse.model.readahead import Plan, Planner
+from valohai_fuse.settings import OPTIONS, parse_bytes
 
-FINISH_BYTES_MAX = 1024 * 1024
-"""As in `engine.flights`."""
 _NEARLY_BYTES = 0.5
 """Rounding: so close to a byte is that byte."""
 
 
+def default_of(name: str) -> str:
+    """The default of a setting, as it is written there."""
+    return next(option.default for option in OPTIONS if option.name == name and option.default is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What lies between the mount and its store, and the settings that bear on it."""
+    """What lies between the mount and its store, and the settings that bear on it (their defaults)."""
 
     latency_s: float = 0.020
     bytes_s: float = 600e6
     connection_bytes_s: float = math.inf
-    connections: int = 32
-    window_bytes: int = 64 * 1024 * 1024
-    window_bytes_total: int = 128 * 1024 * 1024
+    connections: int = int(default_of("connections"))
+    window_bytes: int = parse_bytes(default_of("readahead"))
+    window_bytes_total: int = parse_bytes(default_of("readahead_total"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ trace of those. A reader's thinking is then the time since the answer that it ha
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,34 +63,62 @@ def dump(trace: Iterable[Read]) -> str:
 
 
 def _checked(read: Read) -> Read:
-    if read.offset < 0 or read.size <= 0 or read.think_s < 0:
+    if not all(isinstance(value, int) for value in (read.handle, read.offset, read.size, read.file_bytes)):
+        raise ValueError("handle, offset, size and file_bytes are whole numbers")
+    if read.offset < 0 or read.size <= 0 or not 0 <= read.think_s < math.inf:
         raise ValueError(f"offset {read.offset}, size {read.size}, think_s {read.think_s}")
+    if read.file_bytes and read.offset >= read.file_bytes:
+        raise ValueError(f"offset {read.offset} lies behind the end of a file of {read.file_bytes} bytes")
     return read
 
 
 _LOGGED = re.compile(
-    r"DEBUG .*engine\.reader: read handle=(\d+) file=(\d+) offset=(\d+) size=(\d+) of=(\d+) at=([\d.]+) took=([\d.]+)$"
+    r"DEBUG (.*)engine\.reader: read handle=(\d+) file=(\d+) offset=(\d+) size=(\d+) of=(\d+) at=([\d.]+) took=([\d.]+)$"
 )
+_MOUNTED = re.compile(r"INFO (.*)daemon: mounted at ")
 
 
 def recorded(lines: Iterable[str]) -> Trace:
-    """The reads that a daemon's log tells of, in the order in which they came; empty when it tells of none."""
-    found = []
-    for match in filter(None, map(_LOGGED.search, lines)):
-        handle, file, offset, size, file_bytes = map(int, match.groups()[:5])
-        at_s, took_s = float(match[6]), float(match[7])
-        found.append((at_s, at_s + took_s, Read(handle, offset, size, file=str(file), file_bytes=file_bytes)))
-    found.sort(key=lambda one: one[0])
+    """The reads that a log tells of, in the order in which they came; empty when it tells of none.
+
+    A log may be of several mounts at once, each with a clock and with handles of its own, and of one mount after the other;
+    then of each input its last mount counts.
+    """
+    found: dict[str, list[_Logged]] = {}
+    for line in lines:
+        if match := _LOGGED.search(line):
+            subject = match[1]
+            handle, file, offset, size, file_bytes = map(int, match.groups()[1:6])
+            read = Read(handle, offset, size, file=f"{subject}{file}", file_bytes=file_bytes)
+            found.setdefault(subject, []).append((float(match[7]), float(match[8]), read))
+        elif match := _MOUNTED.search(line):
+            found.pop(match[1], None)
+    trace: list[tuple[float, Read]] = []
+    handles: dict[tuple[str, int], int] = {}
+    for subject, logged in found.items():
+        for since_s, read in _timed(logged):
+            number = handles.setdefault((subject, read.handle), len(handles) + 1)
+            trace.append((since_s, replace(read, handle=number)))
+    return [read for _, read in sorted(trace, key=lambda one: one[0])]
+
+
+_Logged = tuple[float, float, Read]
+"""When it began (by the daemon's own clock), how long it took, and what was read."""
+
+
+def _timed(logged: list[_Logged]) -> Iterator[tuple[float, Read]]:
+    """The reads of one mount in the order in which they came, with the thinking before each, and when it came, counted from
+    the first."""
+    logged = sorted(logged, key=lambda one: one[0])
+    began_s = logged[0][0]
     ends: dict[int, list[float]] = {}
-    trace = []
-    for at_s, end_s, read in found:
+    for at_s, took_s, read in logged:
         before = ends.setdefault(read.handle, [])
         overlaps = bool(before) and at_s < before[-1]
         awaited = before[:-1] if overlaps else before
-        think_s = max(0.0, at_s - max(awaited, default=found[0][0]))
-        trace.append(replace(read, think_s=round(think_s, 6), overlaps=overlaps))
-        before.append(end_s)
-    return trace
+        think_s = max(0.0, at_s - max(awaited, default=began_s))
+        yield at_s - began_s, replace(read, think_s=round(think_s, 6), overlaps=overlaps)
+        before.append(at_s + took_s)
 
 
 # --- made ones ---

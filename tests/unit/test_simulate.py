@@ -17,6 +17,7 @@ from benchmarks.traces import MADE, Read, Trace
 
 from support.engine_rig import EngineRig, run
 from valohai_fuse.model.readahead import FIRST_READ_BYTES, RANDOM_READ_BYTES
+from valohai_fuse.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -106,7 +107,18 @@ def test_a_trace_survives_being_written(tmp_path: Path) -> None:
     assert traces.load(file) == MADE["zip"][1]()
 
 
-@pytest.mark.parametrize("line", ["nonsense", '{"handle": 1}', '{"handle": 1, "offset": -1, "size": 1}', "[]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        '{"handle": 1}',
+        '{"handle": 1, "offset": -1, "size": 1}',
+        '{"handle": 1, "offset": 0.5, "size": 1}',
+        '{"handle": 1, "offset": 9, "size": 1, "file_bytes": 9}',
+        '{"handle": 1, "offset": 0, "size": 1, "think_s": Infinity}',
+        "[]",
+    ],
+)
 def test_what_is_no_trace_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "trace.jsonl"
     file.write_text('{"handle": 1, "offset": 0, "size": 1}\n' + line + "\n")
@@ -157,6 +169,32 @@ def test_thinking_and_overlapping_are_read_off_the_clock() -> None:
     assert third.think_s == pytest.approx(0.5)
 
 
+def test_a_log_of_several_mounts_keeps_them_apart() -> None:
+    """Two inputs at once have handles of the same number and clocks of their own; of an earlier mount nothing is left."""
+
+    def said(subject: str, at_s: float, offset: int) -> str:
+        what = f"read handle=1 file=3 offset={offset} size=10 of=100 at={at_s:.6f} took=0.5"
+        return f"2026-11-23T10:11:12.345Z DEBUG {subject} engine.reader: {what}"
+
+    mounted = "2026-11-23T10:11:10.000Z INFO train daemon: mounted at /valohai/inputs/train: 1 files, 100 bytes"
+    lines = [said("train", 9000, 90), mounted, said("train", 5, 0), said("test", 700, 10), said("train", 6, 20)]
+    trace = traces.recorded(lines)
+    assert [(read.offset, read.think_s) for read in trace] == [(0, 0), (10, 0), (20, 0.5)]
+    first, second, third = trace
+    assert first.handle == third.handle != second.handle
+    assert first.file == third.file != second.file
+
+
+def test_the_line_has_the_settings_defaults() -> None:
+    defaults = resolve({}, {})
+    line = Line()
+    assert (line.connections, line.window_bytes, line.window_bytes_total) == (
+        defaults.connections,
+        defaults.readahead,
+        defaults.readahead_total,
+    )
+
+
 def documented() -> list[str]:
     pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/operating.md"))
     return re.findall(r"^(scripts/simulate.*)$", pages, re.MULTILINE)
@@ -185,8 +223,9 @@ def test_the_command_line_says_what_it_cannot_do(capsys: pytest.CaptureFixture[s
         simulate.main(["frobnicate"])
     with pytest.raises(SystemExit, match="without bandwidth"):
         simulate.main(["head", "--mb-s", "0"])
-    with pytest.raises(SystemExit):
-        simulate.main(["head", "--window", "many"])
+    for wrong in (["--window", "many"], ["--latency-ms", "inf"], ["--latency-ms", "-1"]):
+        with pytest.raises(SystemExit):
+            simulate.main(["head", *wrong])
     assert "not a size" in capsys.readouterr().err
     assert simulate.main(["head", "--dump"]) == 0
     assert json.loads(capsys.readouterr().out)["file_bytes"] == 1024 * MIB
