@@ -253,7 +253,9 @@ class Simulation:
         demand = align(extent.start, extent.stop, file.size)
         if not all(number in file.present for number in _blocks(demand)):
             self._begin(file, _joined(plan), urgent=True)
-        self._look_ahead(reader, plan)
+            self._look_ahead(reader, plan)
+        elif not plan.is_scattered:
+            self._look_ahead(reader, plan)
         awaits = [
             (transfer, min(demand.stop, transfer.extent.stop))
             for transfer in file.transfers

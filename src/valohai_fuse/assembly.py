@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
+from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.prefetch import Keep, Prefetch
@@ -54,7 +55,13 @@ class Fetching:
 
 
 async def open_fetching(
-    settings: Settings, catalogue: Catalogue, store: BlockStore, metrics: Metrics, stack: AsyncExitStack
+    settings: Settings,
+    catalogue: Catalogue,
+    store: BlockStore,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    *,
+    fill: FillLimits = FillLimits(),  # noqa: B008 - frozen
 ) -> tuple[Fetching, trio.Nursery]:
     """Builds it in a nursery of its own, which is cancelled when `stack` ends. Raises ConfigurationError."""
     nursery = await stack.enter_async_context(trio.open_nursery())
@@ -96,6 +103,7 @@ async def open_fetching(
         read_timeout_s=settings.read_timeout,
         window_bytes_max=_within_cache(settings.readahead, settings, share=8),
         window_bytes_total=_within_cache(settings.readahead_total, settings, share=4),
+        fill=fill,
     )
     return Fetching(settings, catalogue, leases, sizing, flights, reader, pool.prewarm), nursery
 

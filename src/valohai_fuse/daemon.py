@@ -22,6 +22,7 @@ import trio
 from valohai_fuse import errors
 from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.assembly import open_fetching
+from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.handshake import MountSpec, Report, failed
@@ -52,6 +53,10 @@ WARNINGS_REPORTED_MAX = 20
 
 STAGED_BEHIND_BYTES = 32 * 1024 * 1024
 """Room for what is being read, or written to the disk, beside what is fetched ahead."""
+
+
+FILL_SHARE_OF_CACHE = 4
+"""A file is completed behind a reader only as far as most of the cache still belongs to what was read."""
 
 
 class Daemon:
@@ -92,7 +97,12 @@ class Daemon:
             memory_bytes_max = max(MEMORY_BYTES_MAX, staged_bytes)
             store = SegmentStore(settings.cache_dir, room=room, disk=disk, memory_bytes_max=memory_bytes_max)
             stack.callback(store.close)
-            fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack)
+            fill = FillLimits(
+                min(settings.background_fill, _cache_bytes_max(settings, budget) // FILL_SHARE_OF_CACHE),
+                settings.connections,
+                is_kept=lambda: store.statistics().disk_well,
+            )
+            fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack, fill=fill)
             if disk.may_hang:
                 fetching.get_ready()  # before there is a file open on it, which a new process would have to close first
             evictor = Evictor(

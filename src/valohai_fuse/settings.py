@@ -222,6 +222,15 @@ OPTIONS: tuple[Option, ...] = (
         "readahead_total", "reading", "128M", parse_bytes, "SIZE", "The same for all readers of one mount together."
     ),
     _option(
+        "background_fill",
+        "reading",
+        "4G",
+        parse_bytes,
+        "SIZE",
+        "How much of a file that is read at random again and again is completed in the background at the most, and never more "
+        "than a quarter of the cache; 0 turns it off.",
+    ),
+    _option(
         "cache_max_size",
         "cache",
         "0",
@@ -309,6 +318,7 @@ class Settings:
     read_timeout: float
     readahead: int
     readahead_total: int
+    background_fill: int
     cache_max_size: int
     cache_min_free: str
     workers: int

@@ -13,6 +13,7 @@ import trio.testing
 from support.fake_fetcher import FakeFetcher, ramp
 from support.fake_source import FakeSource, file_ref
 from support.fake_store import FakeBlockStore
+from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.objects import Handle
@@ -27,7 +28,9 @@ MIB = 1024 * 1024
 class EngineRig:
     """One mount's engine over a few objects; inode n is `names[n - 2]`."""
 
-    def __init__(self, nursery: trio.Nursery, sizes: dict[str, int], *, window: int, read_timeout_s: float) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, sizes: dict[str, int], *, window: int, read_timeout_s: float, fill: FillLimits
+    ) -> None:
         self.contents = {name: ramp(size, phase) for phase, (name, size) in enumerate(sizes.items())}
         self.names = list(sizes)
         self.store = FakeBlockStore()
@@ -46,6 +49,7 @@ class EngineRig:
             read_timeout_s=read_timeout_s,
             window_bytes_max=window,
             window_bytes_total=4 * window,
+            fill=fill,
         )
 
     def _describe(self, inode: Inode) -> tuple[ObjectKey, FileRef, str]:
@@ -69,12 +73,13 @@ def run(
     *,
     window: int = 64 * MIB,
     read_timeout_s: float = 300,
+    fill: FillLimits | None = None,
 ) -> EngineRig:
     """Runs the scenario; at its end nothing may be under way once flights have had time to end."""
 
     async def main() -> EngineRig:
         async with trio.open_nursery() as nursery:
-            rig = EngineRig(nursery, sizes, window=window, read_timeout_s=read_timeout_s)
+            rig = EngineRig(nursery, sizes, window=window, read_timeout_s=read_timeout_s, fill=fill or FillLimits())
             await scenario(rig)
             with trio.move_on_after(3600):
                 while rig.flights.active:  # noqa: ASYNC110 - flights tell nobody when the last one ends, and time is free here

@@ -171,12 +171,16 @@ class Flights:
         self.active_bytes = 0
         self.idle: Callable[[RemoteObject], None] | None = None
         """Told of each object whose last flight has ended."""
+        self.ended: Callable[[Flight], None] | None = None
+        """Told of each flight that has ended, after that."""
 
-    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False) -> None:
-        """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight. Does not ask the store.
+    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False) -> list[Flight]:
+        """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight, and returns them. Does not ask
+        the store.
 
         `staged`: as in `BlockStore.landing`.
         """
+        begun = []
         for gap in self._gaps(obj, wanted):
             for part in split_by_segment(gap):
                 self._turn += 1
@@ -185,6 +189,8 @@ class Flights:
                 self.active += 1
                 self.active_bytes += len(part)
                 self._nursery.start_soon(self._run, flight)
+                begun.append(flight)
+        return begun
 
     def covering(self, obj: RemoteObject, extent: Extent) -> list[Flight]:
         """The flights that still bring at least one byte of `extent`. What has landed is the store's: should it be gone
@@ -231,6 +237,8 @@ class Flights:
             flight.end(error)
             if self.idle is not None and not flight.object.flights:
                 self.idle(flight.object)
+            if self.ended is not None:
+                self.ended(flight)
 
     async def _attempts(self, flight: Flight) -> errors.ReadError | None:
         """Tries until the flight has landed (None) or the policy gives up (why)."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from valohai_fuse.errors import ObjectChangedError
 from valohai_fuse.model.extents import Extent
+from valohai_fuse.model.fill import Fill
 from valohai_fuse.model.readahead import Planner
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import FileRef, ObjectKey, Version
@@ -45,6 +46,7 @@ class RemoteObject:
     __slots__ = (
         "cache_distrusted",
         "file",
+        "fill",
         "flights",
         "generation",
         "given_up",
@@ -68,6 +70,8 @@ class RemoteObject:
         self.handles = 0
         self.flights: list[Flight] = []
         self.given_up: list[_GivenUp] = []
+        self.fill: Fill | None = None
+        """Of a file that is open and read at random: whether to complete it. Belongs to `engine.fill`."""
         self.served = False
         self.cache_distrusted = False
         """The store contradicted the cache: versions are learnt from responses only."""

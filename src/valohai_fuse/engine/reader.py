@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from valohai_fuse import errors
+from valohai_fuse.engine.fill import BackgroundFill, FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.objects import Handle, RemoteObject
 from valohai_fuse.model.extents import Extent, align
@@ -57,6 +58,7 @@ class Reader:
         read_timeout_s: float,
         window_bytes_max: int,
         window_bytes_total: int,
+        fill: FillLimits = FillLimits(),  # noqa: B008 - frozen
     ) -> None:
         self._store = store
         self._flights = flights
@@ -69,6 +71,7 @@ class Reader:
         self._handles = 0
         self._opens = 0
         self._waiting = 0
+        self._fill = BackgroundFill(flights=flights, metrics=metrics, gaps=self.gaps, limits=fill)
         flights.idle = self._forget
 
     # --- handles ---
@@ -93,6 +96,7 @@ class Reader:
         obj.handles -= 1
         self._handles -= 1
         if obj.handles == 0:
+            self._fill.on_close(obj)
             self._flights.abandon(obj)
             self._forget(obj)
 
@@ -134,6 +138,7 @@ class Reader:
         began_t = trio.current_time() if log.isEnabledFor(logging.DEBUG) else None
         plan = handle.planner.on_read(offset, stop)
         self._metrics.count("reads")
+        self._fill.on_read(obj, plan)
         found = self._look(obj, extent)
         if isinstance(found, NotHere):
             if found is not COLD and obj.is_repeat(extent, trio.current_time()):
@@ -146,8 +151,7 @@ class Reader:
                 obj.note_given_up(extent, trio.current_time())
                 raise
         else:
-            self._metrics.count("hit_bytes", len(extent))
-            self._look_ahead(obj, handle, plan)
+            self._hit(handle, extent, plan)
         obj.served = True
         self._metrics.count("read_bytes", len(extent))
         if began_t is not None:
@@ -204,9 +208,9 @@ class Reader:
             result = await self._store.read(obj.key, obj.version, extent)
             handle.check()
             if not isinstance(result, NotHere):
-                self._metrics.count("hit_bytes", len(extent))
-                self._look_ahead(obj, handle, plan)
+                self._hit(handle, extent, plan)
                 return result
+        began_t = trio.current_time()
         self._begin_demand(obj, extent, plan, distrust=distrust)
         self._look_ahead(obj, handle, plan)
         flights = self._flights.covering(obj, extent)
@@ -216,6 +220,7 @@ class Reader:
             await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
             handle.check()
         self._metrics.count("miss_bytes", len(extent))
+        self._fill.on_miss(obj, plan, trio.current_time() - began_t)
         again = self._look(obj, extent)
         if again is COLD and obj.version is not None:
             again = await self._store.read(obj.key, obj.version, extent)
@@ -238,6 +243,12 @@ class Reader:
             return gap.stop
         behind = self._store.missing(obj.key, obj.version, plan.ahead)
         return behind[0].stop if behind and behind[0].start == gap.stop else gap.stop
+
+    def _hit(self, handle: Handle, extent: Extent, plan: Plan) -> None:
+        """The bytes were cached. What follows a scattered read would come with its request; alone it is not worth one."""
+        self._metrics.count("hit_bytes", len(extent))
+        if not plan.is_scattered:
+            self._look_ahead(handle.object, handle, plan)
 
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
         if not plan.ahead and not plan.elsewhere:

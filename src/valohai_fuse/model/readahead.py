@@ -49,11 +49,16 @@ STREAMS_MAX = 8
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Whole blocks: `demand` covers the read and is waited for; `ahead` follows it (possibly empty) and is not, nor are the
-    pieces of `elsewhere`, where a reader that jumps regularly will read next."""
+    pieces of `elsewhere`, where a reader that jumps regularly will read next.
+
+    `run_bytes`: read in order up to here, of the stream that the read belongs to. `is_scattered`: it continues nothing, nor is
+    it where anything begins."""
 
     demand: Extent
     ahead: Extent
     elsewhere: tuple[Extent, ...] = ()
+    run_bytes: int = 0
+    is_scattered: bool = False
 
 
 @dataclass(slots=True)
@@ -90,7 +95,7 @@ class Planner:
             stream.cursor = stop
         stream.used = self._tick
         demand = align(start, stop, self._size)
-        return Plan(demand, self._refill(stream, demand))
+        return Plan(demand, self._refill(stream, demand), run_bytes=stream.run_bytes)
 
     def _match(self, start: int) -> _Stream | None:
         best: _Stream | None = None
@@ -120,7 +125,8 @@ class Planner:
         if self._stride.believed:
             stream.stop_expected = start + self._stride.piece_bytes
         elsewhere = tuple(align(piece.start, piece.stop, self._size) for piece in pieces)
-        return Plan(demand, Extent(demand.stop, whole.stop), elsewhere)
+        is_scattered = start > 0 and not self._stride.believed
+        return Plan(demand, Extent(demand.stop, whole.stop), elsewhere, stop - start, is_scattered)
 
     def _refill(self, stream: _Stream, demand: Extent) -> Extent:
         planned = max(stream.planned, demand.stop)

@@ -26,6 +26,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "fetch_failures": "Fetches given up.",
     "fetch_first_byte_seconds": "Sum of the times to the first byte, over the fetches that ended well.",
     "ahead_bytes": "Bytes ordered ahead of readers.",
+    "filled_bytes": "Bytes fetched in the background to complete files that are read at random.",
     "connections_opened": "Connections to stores that were opened for a fetch.",
     "workers_started": "Fetch processes started.",
     "workers_lost": "Fetch processes that died.",

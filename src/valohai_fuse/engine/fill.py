@@ -1,0 +1,152 @@
+"""Completes files that are read at random, in the background: `model.fill` says when it pays and what comes next, this room
+orders it when the line has nothing better to do.
+
+A fill orders what nobody waits for, in pieces, at most ORDERS_MAX at a time in the whole mount, and only while what is fetched for
+others is little (LINE_IDLE_BYTES) and takes less than half of the connections: a stream's readahead or a prefetch stops it, the
+scattered misses that it is made for do not. What is cached or in flight is not ordered again, so no byte comes twice.
+
+There is no task and no timer: each read of such a file and the end of each flight are the moments to look again. With the last
+handle of a file its account is closed, and what it has under way is given up like any readahead.
+
+State changes only on the trio thread, in functions that do not await.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from valohai_fuse.engine.flights import Flight, Flights
+from valohai_fuse.engine.objects import RemoteObject
+from valohai_fuse.model.extents import Extent
+from valohai_fuse.model.fill import Fill
+from valohai_fuse.model.readahead import Plan
+from valohai_fuse.ports import Metrics, Priority
+
+ORDERS_MAX = 2
+LINE_IDLE_BYTES = 4 * 1024 * 1024
+"""What may be under way for others: 32 readers at random have that much, a stream of any speed has more."""
+LOOKS_MAX = 32
+"""Pieces looked at in one go: where much is cached already, finding what is not must not hold up the loop."""
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class FillLimits:
+    """`bytes_max`: of one file while it is open, 0 turns filling off. `connections`: as the setting. `is_kept`: whether the
+    cache's disk takes writes now."""
+
+    bytes_max: int = 0
+    connections: int = 32
+    is_kept: Callable[[], bool] = _always
+
+
+class BackgroundFill:
+    """All fills of one mount. `gaps(obj, extent)`: what the cache lacks of it."""
+
+    def __init__(
+        self,
+        *,
+        flights: Flights,
+        metrics: Metrics,
+        gaps: Callable[[RemoteObject, Extent], list[Extent]],
+        limits: FillLimits,
+    ) -> None:
+        self._flights = flights
+        self._metrics = metrics
+        self._gaps = gaps
+        self._limits = limits
+        self._orders_max = min(ORDERS_MAX, limits.connections // 4) if limits.bytes_max > 0 else 0
+        self._open: dict[RemoteObject, None] = {}
+        """The files that are worth it, the one whose turn it is first."""
+        self._under_way: set[Flight] = set()
+        self._bytes_under_way = 0
+        self._marked_t = 0.0
+        """When the last piece landed, or the first of those under way was ordered."""
+        if self._orders_max:
+            flights.ended = self._on_end
+
+    def on_miss(self, obj: RemoteObject, plan: Plan, waited_s: float) -> None:
+        """A read with this plan had to wait for bytes from the store."""
+        if not self._orders_max or not plan.is_scattered or not obj.handles:
+            return
+        if obj.fill is None:
+            obj.fill = Fill(obj.key.size, self._limits.bytes_max)
+        fetched_bytes = len(plan.demand) + len(plan.ahead)
+        obj.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, trio.current_time())
+        if obj.fill.is_worth_it:
+            self._open.setdefault(obj)
+            self._order()
+
+    def on_read(self, obj: RemoteObject, plan: Plan) -> None:
+        """Any read with this plan, before it is answered."""
+        if obj.fill is None:
+            return
+        if not plan.is_scattered:
+            obj.fill.on_run(plan.run_bytes)
+        if self._open:
+            self._order()
+
+    def on_close(self, obj: RemoteObject) -> None:
+        """Its last handle is gone."""
+        obj.fill = None
+        self._open.pop(obj, None)
+
+    def _order(self) -> None:
+        """Begins as many pieces as may be under way now, of one file after the other."""
+        looks = LOOKS_MAX
+        while self._open and looks and self._may_begin():
+            looks -= 1
+            obj = next(iter(self._open))
+            del self._open[obj]
+            piece = obj.fill.piece(trio.current_time()) if obj.fill is not None else None
+            if piece is None or obj.fill is None:
+                continue  # until its next miss
+            self._open[obj] = None
+            started = self._begin(obj, piece)
+            if started:
+                obj.fill.ordered(sum(len(flight.extent) for flight in started))
+            else:
+                obj.fill.is_ordered()
+
+    def _may_begin(self) -> bool:
+        others = self._flights.active - len(self._under_way)
+        return (
+            len(self._under_way) < self._orders_max
+            and others < self._limits.connections // 2
+            and self._flights.active_bytes - self._bytes_under_way <= LINE_IDLE_BYTES
+            and self._limits.is_kept()
+        )
+
+    def _begin(self, obj: RemoteObject, piece: Extent) -> list[Flight]:
+        """Orders the first part of the piece that is neither cached nor on its way; nothing: there is none."""
+        for gap in self._gaps(obj, piece):
+            started = self._flights.begin(obj, gap, Priority.AHEAD)
+            if started:
+                if not self._under_way:
+                    self._marked_t = trio.current_time()
+                self._under_way.update(started)
+                self._bytes_under_way += sum(len(flight.extent) for flight in started)
+                return started
+        return []
+
+    def _on_end(self, flight: Flight) -> None:
+        if flight in self._under_way:
+            self._under_way.remove(flight)
+            self._bytes_under_way -= len(flight.extent)
+            landed_bytes = flight.landed - flight.extent.start
+            self._metrics.count("filled_bytes", landed_bytes)
+            now_t = trio.current_time()
+            busy_s, self._marked_t = now_t - self._marked_t, now_t
+            fill = flight.object.fill
+            if fill is not None:
+                fill.on_landed(landed_bytes, busy_s)
+                if flight.landed < flight.extent.stop:
+                    fill.failed()
+        if self._open:
+            self._order()

@@ -1,0 +1,179 @@
+"""When to complete a file behind a reader that reads it at random again and again, and which part of it next.
+
+The governing trade-off: each scattered miss costs a round trip for 128 KiB, and a line that could bring a thousand times as
+much lies idle meanwhile; but nobody asked for the rest of the file, and bytes have a price. Whether the reader will go on is
+unknown, so this follows who rents skis until the rent has reached the price of a pair. Rent, since the reader last paused:
+- *bytes*: scattered misses must have fetched 1/16 of what would be fetched, so that a reader who then stops has caused at most
+  16 times what it had read already;
+- *time*: readers must have waited as long as completing takes, at the rate at which that goes. With a store next door a miss
+  is cheap, and nothing is bought.
+
+What is bought are the segments in which misses fell, the most missed first, and what is left of a file of which most was touched:
+a reader that keeps to a part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never
+cost more than those reads. A run of reads in order is readahead's business and starts the account anew; so does a pause.
+
+Pure: times are given, in seconds of any clock. Knows nothing of what is cached or in flight; who carries a piece out subtracts
+that and says when there is nothing left to order of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
+
+MISSES_MIN = 64
+"""Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
+
+SPENT_SHARE_MIN = 1 / 16
+
+WHOLE_SHARE_MIN = 3 / 4
+"""Of a file's segments touched: from then on it is read all over, and its other segments are wanted as well."""
+
+PIECE_BYTES_MAX = 2 * 1024 * 1024
+"""Ordered at once: a read that falls into a piece under way waits for it, so it must not take much more than a round trip."""
+
+PAUSE_S = 60.0
+"""A file without a scattered miss for so long is not being read at random any more."""
+
+RUN_BYTES_MAX = SEGMENT_BYTES
+"""Read in order, it is a stream; records of a random reader are shorter."""
+
+WAIT_S_MAX = 0.5
+"""What one miss may count for: an outage is no reason to fetch more."""
+
+RATE_BYTES_S = 100e6
+"""Assumed until something was fetched: two connections to an object store in the same region."""
+MEASURED_BYTES_MIN = 4 * 1024 * 1024
+MISJUDGED_MAX = 4
+"""Once begun, it is not ended by a rate somewhat below the assumed one, only by a line that makes the price this many times the
+rent: with both halves of a decision wrong one pays for both."""
+
+FAILURES_MAX = 3
+"""No room, no access, a store in trouble: readers have their retries, what nobody asked for has none."""
+
+
+@dataclass(slots=True)
+class Fill:
+    """The account of one file while it is open. `size` in bytes; no more than `bytes_max` of it is ever ordered."""
+
+    size: int
+    bytes_max: int
+    _misses: int = 0
+    _spent_bytes: int = 0
+    _waited_s: float = 0.0
+    _latest_s: float = 0.0
+    _touched: dict[int, int] = field(default_factory=dict)
+    """Segment -> scattered misses in it."""
+    _complete: set[int] = field(default_factory=set)
+    _current: Extent | None = None
+    _ordered_bytes_current: int = 0
+    _ordered_bytes: int = 0
+    _landed_bytes: int = 0
+    _busy_s: float = 0.0
+    _failures: int = 0
+
+    def on_miss(self, start: int, fetched_bytes: int, waited_s: float, now_s: float) -> None:
+        """A read at `start` that continues nothing had to wait for `fetched_bytes`."""
+        if now_s - self._latest_s > PAUSE_S:
+            self._begin_anew()
+        self._latest_s = now_s
+        self._misses += 1
+        self._spent_bytes += fetched_bytes
+        self._waited_s += min(waited_s, WAIT_S_MAX)
+        index = start // SEGMENT_BYTES
+        if self._touched_bytes < self.bytes_max or index in self._touched:
+            self._touched[index] = self._touched.get(index, 0) + 1
+        else:
+            self._begin_anew()  # wider than what may be bought: as if nothing had been seen
+
+    def on_run(self, run_bytes: int) -> None:
+        """A read that continues a stream, of which `run_bytes` were read in order by now."""
+        if run_bytes >= RUN_BYTES_MAX and self._misses:
+            self._begin_anew()
+
+    def on_landed(self, byte_count: int, busy_s: float) -> None:
+        """Pieces brought so much, while at least one was under way for so long."""
+        self._landed_bytes += byte_count
+        self._busy_s += busy_s
+
+    def failed(self) -> None:
+        """Some of a piece could not be fetched or kept; after FAILURES_MAX of those nothing more is ordered."""
+        self._failures += 1
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the rent has reached the price, by what is known now."""
+        return (
+            self._misses >= MISSES_MIN
+            and self._failures < FAILURES_MAX
+            and self._ordered_bytes < self.bytes_max
+            and self._wanted_bytes <= self.bytes_max
+            and self._spent_bytes >= SPENT_SHARE_MIN * self._wanted_bytes
+            and self._waited_s * (MISJUDGED_MAX if self._ordered_bytes else 1) >= self._left_bytes / self._rate_bytes_s
+        )
+
+    def piece(self, now_s: float) -> Extent | None:
+        """What to order next (block-aligned, within one segment), the same until `ordered` or `is_ordered` moves it on; None:
+        nothing now."""
+        if not self.is_worth_it or now_s - self._latest_s > PAUSE_S:
+            return None
+        if self._current is None:
+            left = [index for index in self._wanted if index not in self._complete]
+            if not left:
+                return None
+            most = max(left, key=lambda index: (self._touched.get(index, 0), -index))
+            self._current = self._cut(most * SEGMENT_BYTES)
+        return self._current
+
+    def ordered(self, byte_count: int) -> None:
+        """So much of the piece has been ordered. A piece is never ordered twice over, whatever becomes of its bytes."""
+        self._ordered_bytes += byte_count
+        self._ordered_bytes_current += byte_count
+        if self._current is not None and self._ordered_bytes_current >= len(self._current):
+            self.is_ordered()
+
+    def is_ordered(self) -> None:
+        """Nothing is left to order of the piece."""
+        assert self._current is not None, "there is a piece to speak of"
+        index, stop = self._current.start // SEGMENT_BYTES, self._current.stop
+        self._current, self._ordered_bytes_current = None, 0
+        if stop >= min((index + 1) * SEGMENT_BYTES, self.size):
+            self._complete.add(index)
+        else:
+            self._current = self._cut(stop)
+
+    def _cut(self, start: int) -> Extent:
+        return Extent(start, min(start + PIECE_BYTES_MAX, self.size))
+
+    @property
+    def _touched_bytes(self) -> int:
+        return min(len(self._touched) * SEGMENT_BYTES, self.size)
+
+    @property
+    def _wanted(self) -> Collection[int]:
+        """The segments to complete."""
+        all_of_them = range(-(-self.size // SEGMENT_BYTES))
+        is_whole = self.size <= self.bytes_max and len(self._touched) >= WHOLE_SHARE_MIN * len(all_of_them)
+        return all_of_them if is_whole else self._touched.keys()
+
+    @property
+    def _wanted_bytes(self) -> int:
+        return min(len(self._wanted) * SEGMENT_BYTES, self.size)
+
+    @property
+    def _left_bytes(self) -> int:
+        return min((len(self._wanted) - len(self._complete)) * SEGMENT_BYTES, self.size)
+
+    @property
+    def _rate_bytes_s(self) -> float:
+        is_measured = self._landed_bytes >= MEASURED_BYTES_MIN and self._busy_s > 0
+        return self._landed_bytes / self._busy_s if is_measured else RATE_BYTES_S
+
+    def _begin_anew(self) -> None:
+        self._misses = self._spent_bytes = 0
+        self._waited_s = 0.0
+        self._touched.clear()
+        self._complete.clear()
+        self._current, self._ordered_bytes_current = None, 0

@@ -1,0 +1,206 @@
+"""Background fill: what is read at random again and again becomes complete while the line is idle, and nobody pays for it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from support.engine_rig import MIB, EngineRig, run
+from support.fake_fetcher import Script
+from valohai_fuse.engine.fill import LINE_IDLE_BYTES, ORDERS_MAX, FillLimits
+from valohai_fuse.engine.objects import Handle
+from valohai_fuse.model.extents import SEGMENT_BYTES
+from valohai_fuse.model.fill import FAILURES_MAX, PIECE_BYTES_MAX
+from valohai_fuse.ports import FailureKind, FetchFailed, FetchOrder, Priority
+
+GIB = 1024 * MIB
+SIZE = 96 * MIB + 5000
+LINE = Script(latency_s=0.02, bytes_per_s=100e6)
+
+
+async def read_at_random(rig: EngineRig, handle: Handle, count: int, *, seed: int = 3) -> list[float]:
+    """Reads of 4 KiB anywhere; how long each took. Every byte is checked."""
+    dice = random.Random(seed)
+    content = rig.contents[handle.object.label]
+    took_s = []
+    for _ in range(count):
+        offset = dice.randrange(len(content) - 4096)
+        began_t = trio.current_time()
+        assert await rig.read(handle, offset, 4096) == content[offset : offset + 4096]
+        took_s.append(trio.current_time() - began_t)
+    return took_s
+
+
+async def read_until_it_is_worth_it(rig: EngineRig, handle: Handle) -> None:
+    for seed in range(1000):
+        await read_at_random(rig, handle, 1, seed=seed)
+        if handle.object.fill is not None and handle.object.fill.is_worth_it:
+            return
+    pytest.fail("1,000 reads at random, and it is not worth it")
+
+
+def ahead(rig: EngineRig) -> list[FetchOrder]:
+    """Orders that nobody waited for when they were given. A random reader has none of readahead."""
+    return [order for order in rig.fetcher.orders if order.priority is Priority.AHEAD]
+
+
+def cached(rig: EngineRig, name: str = "a") -> int:
+    return rig.store.cached_bytes(rig._describe(rig.inode(name))[0])
+
+
+def test_a_file_read_at_random_is_completed_and_no_byte_comes_twice() -> None:
+    """The reads that follow need no store; the counter tells how much was filled."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        handle = rig.open("a")
+        await read_at_random(rig, handle, 90)
+        await trio.sleep(10)  # the reader computes: the line is idle
+        assert cached(rig) == SIZE == rig.fetcher.fetched_bytes
+        filled = rig.metrics.snapshot()["filled_bytes"]
+        assert SIZE / 2 < filled < SIZE
+        orders = len(rig.fetcher.orders)
+        took_s = await read_at_random(rig, handle, 500, seed=4)
+        assert max(took_s) == 0
+        assert len(rig.fetcher.orders) == orders
+        assert all(len(order.extent) <= PIECE_BYTES_MAX for order in ahead(rig))
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+
+
+def test_sustained_random_reading_approaches_local_speed() -> None:
+    """The same 2,000 reads with and without: the fill costs the reader next to nothing while it goes on, and then all is here."""
+    took_s: dict[int, list[float]] = {}
+    for bytes_max in (0, GIB):
+
+        async def scenario(rig: EngineRig, bytes_max: int = bytes_max) -> None:
+            rig.fetcher.default = LINE
+            handle = rig.open("a")
+            took_s[bytes_max] = await read_at_random(rig, handle, 2000)
+            assert rig.fetcher.fetched_bytes <= SIZE
+            rig.reader.close(handle)
+
+        run(scenario, {"a": SIZE}, fill=FillLimits(bytes_max))
+    assert sum(took_s[GIB]) < sum(took_s[0]) / 3
+    piece_s = LINE.latency_s + PIECE_BYTES_MAX / LINE.bytes_per_s
+    assert max(took_s[GIB]) <= piece_s + 0.001
+
+
+def test_a_short_random_workload_is_not_completed() -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        handle = rig.open("a")
+        await read_at_random(rig, handle, 40)
+        await trio.sleep(10)
+        assert not ahead(rig)
+        assert rig.fetcher.fetched_bytes <= 40 * 256 * 1024
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [FillLimits(0), FillLimits(GIB, connections=3), FillLimits(GIB, is_kept=lambda: False), FillLimits(SIZE // 2)],
+    ids=["off", "few connections", "no disk", "larger than allowed"],
+)
+def test_where_it_must_not_nothing_is_filled(limits: FillLimits) -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        handle = rig.open("a")
+        await read_at_random(rig, handle, 300)
+        await trio.sleep(10)
+        assert not ahead(rig)
+        assert rig.metrics.snapshot()["filled_bytes"] == 0
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=limits)
+
+
+def test_it_takes_two_connections_and_leaves_the_line_to_streams() -> None:
+    """While a stream of another file is under way no piece begins; once that has ended, they do."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        stream, handle = rig.open("stream"), rig.open("a")
+        for at in range(4):
+            await rig.read(stream, at * MIB, MIB)
+        await trio.sleep(1)
+        gate = trio.Event()
+        rig.fetcher.script("stream", *[Script(gate=gate)] * 100)
+        for at in range(4, 8):
+            await rig.read(stream, at * MIB, MIB)
+        assert rig.flights.active_bytes > LINE_IDLE_BYTES
+        await read_at_random(rig, handle, 150)
+        await trio.sleep(10)
+        assert not [order for order in ahead(rig) if order.key.stable_id == "a"]
+        gate.set()
+        peak = 0
+        while cached(rig) < SIZE:
+            peak = max(peak, len(rig.reader._fill._under_way))
+            await trio.sleep(0.01)
+        assert peak == ORDERS_MAX
+        rig.reader.close(stream)
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE, "stream": 200 * MIB}, fill=FillLimits(GIB))
+
+
+def test_closing_the_file_ends_it() -> None:
+    """Nothing is begun after the last close, and what was under way is cancelled."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = Script(latency_s=0.02, bytes_per_s=10e6)
+        handle = rig.open("a")
+        await read_until_it_is_worth_it(rig, handle)
+        await trio.sleep(0.03)
+        orders, landed = len(rig.fetcher.orders), rig.fetcher.fetched_bytes
+        assert len(rig.reader._fill._under_way) == ORDERS_MAX
+        rig.reader.close(handle)
+        await trio.sleep(10)
+        assert len(rig.fetcher.orders) == orders
+        assert rig.fetcher.fetched_bytes - landed <= ORDERS_MAX * MIB
+        assert rig.flights.active == 0
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+
+
+def test_a_reader_that_turns_to_reading_in_order_ends_it() -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        handle = rig.open("a")
+        await read_until_it_is_worth_it(rig, handle)
+        for at in range(20 * MIB, 20 * MIB + SEGMENT_BYTES + MIB, MIB):
+            await rig.read(handle, at, MIB)
+        await trio.sleep(0.1)
+        filled = rig.metrics.snapshot()["filled_bytes"]
+        await trio.sleep(10)
+        assert rig.metrics.snapshot()["filled_bytes"] == filled < SIZE / 2
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+
+
+@pytest.mark.parametrize("trouble", ["no room", "a store that fails"])
+def test_trouble_ends_it_quietly(trouble: str) -> None:
+    """No warning, no retries, and the reader goes on as before."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = LINE
+        handle = rig.open("a")
+        rig.store.full = trouble == "no room"
+        await read_until_it_is_worth_it(rig, handle)
+        if trouble != "no room":
+            rig.fetcher.default = Script(failure=FetchFailed(FailureKind.TRANSIENT, "HTTP 500", status=500))
+        await trio.sleep(10)
+        assert len(ahead(rig)) <= FAILURES_MAX + ORDERS_MAX
+        rig.fetcher.default = LINE
+        before = len(ahead(rig))
+        await read_at_random(rig, handle, 100, seed=9)
+        assert len(ahead(rig)) == before
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))

@@ -1,0 +1,204 @@
+"""When a file that is read at random is completed behind its reader: what it may cost at the most, and when it stops."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
+from valohai_fuse.model.fill import (
+    FAILURES_MAX,
+    MISSES_MIN,
+    PAUSE_S,
+    PIECE_BYTES_MAX,
+    RATE_BYTES_S,
+    RUN_BYTES_MAX,
+    SPENT_SHARE_MIN,
+    WHOLE_SHARE_MIN,
+    Fill,
+)
+from valohai_fuse.model.readahead import RANDOM_READ_BYTES, Planner
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+def read_at_random(
+    fill: Fill, misses: int, *, within: Extent | None = None, waited_s: float = 0.02, start_s: float = 0.0
+) -> float:
+    """So many misses anywhere in `within`, one after the other; returns when the last one ended."""
+    dice = random.Random(5)
+    within = within or Extent(0, fill.size)
+    now_s = start_s
+    for _ in range(misses):
+        now_s += waited_s
+        start = dice.randrange(within.start, within.stop) // BLOCK_BYTES * BLOCK_BYTES
+        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, now_s)
+    return now_s
+
+
+def misses_until_worth_it(fill: Fill, *, limit: int = 5000, **how: float) -> int:
+    """After how many misses anywhere in the file it is worth completing; `limit` when it never is."""
+    dice = random.Random(5)
+    for number in range(limit):
+        if fill.is_worth_it:
+            return number
+        waited_s = how.get("waited_s", 0.02)
+        start = dice.randrange(fill.size) // BLOCK_BYTES * BLOCK_BYTES
+        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, number * waited_s)
+    return limit
+
+
+def ordered(fill: Fill, now_s: float) -> list[Extent]:
+    """Carries out all pieces as if nothing was cached."""
+    pieces = []
+    while (piece := fill.piece(now_s)) is not None:
+        pieces.append(piece)
+        fill.ordered(len(piece))
+    return pieces
+
+
+def test_a_file_read_at_random_again_and_again_is_completed() -> None:
+    """512 MiB, 20 ms away: after some hundred misses, in pieces that do not overlap and leave nothing out."""
+    fill = Fill(515 * MIB + 17, 4 * GIB)
+    now_s = read_at_random(fill, 600)
+    pieces = sorted(ordered(fill, now_s))
+    assert sum(map(len, pieces)) == fill.size
+    assert all(one.stop == other.start for one, other in zip(pieces, pieces[1:], strict=False))
+    assert fill.piece(now_s) is None
+
+
+def test_a_short_random_workload_fetches_what_it_reads() -> None:
+    """The threshold lies well above some hundred reads of a large file, and is reached within some hundred."""
+    assert 200 <= misses_until_worth_it(Fill(512 * MIB, 4 * GIB)) <= 300
+    assert misses_until_worth_it(Fill(MIB, 4 * GIB)) == MISSES_MIN
+
+
+def test_reads_anywhere_in_a_terabyte_cost_only_themselves() -> None:
+    assert misses_until_worth_it(Fill(1024 * GIB, 4 * GIB), limit=20_000) == 20_000
+
+
+def test_a_reader_that_keeps_to_a_part_gets_that_part() -> None:
+    """200 MiB of 1 TB, read densely: those segments and no other."""
+    fill = Fill(1024 * GIB, 4 * GIB)
+    part = Extent(500 * GIB, 500 * GIB + 200 * MIB)
+    pieces = ordered(fill, read_at_random(fill, 500, within=part))
+    assert sum(map(len, pieces)) == len(part)
+    assert all(part.start <= piece.start and piece.stop <= part.stop for piece in pieces)
+
+
+def test_a_near_store_needs_no_fill() -> None:
+    """Where a miss costs a millisecond, ten times as many are cheaper than completing the file."""
+    assert misses_until_worth_it(Fill(512 * MIB, 4 * GIB), waited_s=0.001) >= 2500
+    assert (
+        misses_until_worth_it(Fill(512 * MIB, 4 * GIB), waited_s=0.1) >= 200
+    )  # the bytes' price is the same everywhere
+
+
+def test_a_slow_line_is_found_out() -> None:
+    """What was fetched by then shows that the rest takes ten times as long as was thought: readers have not waited as long."""
+    fill = Fill(512 * MIB, 4 * GIB)
+    now_s = read_at_random(fill, 350)
+    assert fill.piece(now_s) is not None
+    fill.on_landed(8 * MIB, 8 * MIB / (RATE_BYTES_S / 10))
+    assert fill.piece(now_s) is None
+
+
+def test_the_most_missed_comes_first() -> None:
+    fill = Fill(512 * MIB, 4 * GIB)
+    now_s = read_at_random(fill, 400)
+    for _ in range(50):
+        fill.on_miss(17 * SEGMENT_BYTES, RANDOM_READ_BYTES, 0.02, now_s)
+    assert [piece.start // SEGMENT_BYTES for piece in ordered(fill, now_s)[: SEGMENT_BYTES // PIECE_BYTES_MAX]] == [
+        17
+    ] * 4
+
+
+@pytest.mark.parametrize("ending", ["run", "pause", "failures"])
+def test_it_stops_when_the_pattern_does(ending: str) -> None:
+    """A stream of more than a record, a pause, a store in trouble."""
+    fill = Fill(512 * MIB, 4 * GIB)
+    now_s = read_at_random(fill, 400)
+    fill.on_run(RUN_BYTES_MAX - 1)
+    assert fill.piece(now_s) is not None
+    if ending == "run":
+        fill.on_run(RUN_BYTES_MAX)
+    elif ending == "pause":
+        now_s += PAUSE_S + 1
+    else:
+        for _ in range(FAILURES_MAX):
+            fill.failed()
+    assert fill.piece(now_s) is None
+    fill.on_miss(0, RANDOM_READ_BYTES, 0.02, now_s)
+    assert fill.piece(now_s) is None
+
+
+def test_a_piece_is_never_ordered_twice_over() -> None:
+    """A cache that loses what it is given: each piece is paid for once."""
+    fill = Fill(64 * MIB, 4 * GIB)
+    now_s = read_at_random(fill, 200)
+    orders = 0
+    while fill.piece(now_s) is not None:
+        fill.ordered(BLOCK_BYTES)  # again and again the first block of what is missing
+        orders += BLOCK_BYTES
+    assert orders == fill.size
+
+
+def test_the_planner_tells_scattered_reads_from_the_others() -> None:
+    planner = Planner(GIB, 64 * MIB)
+    assert not planner.on_read(0, 4096).is_scattered  # the beginning
+    assert planner.on_read(100 * MIB, 100 * MIB + 4096).is_scattered
+    assert not planner.on_read(100 * MIB + 4096, 101 * MIB).is_scattered  # goes on
+    assert planner.on_read(101 * MIB, 102 * MIB).run_bytes == 2 * MIB
+    strided = [planner.on_read(at * MIB, at * MIB + 4096).is_scattered for at in range(200, 400, 10)]
+    assert not any(strided[4:])
+
+
+@given(
+    size=st.integers(1, 40 * SEGMENT_BYTES),
+    bytes_max=st.integers(0, 30 * SEGMENT_BYTES),
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["miss", "misses", "run", "order", "orders", "done", "landed"]), st.integers(0, 2**40)
+        ),
+        max_size=60,
+    ),
+)
+def test_bounds_hold_whatever_happens(size: int, bytes_max: int, steps: list[tuple[str, int]]) -> None:
+    """Pieces lie within the file and one segment, on segments in which misses fell; never more than `bytes_max` and a piece in
+    all, nor before misses have fetched their share of it."""
+    fill = Fill(size, bytes_max)
+    now_s, spent, total = 0.0, 0, 0
+    touched: set[int] = set()
+    for kind, value in steps:
+        now_s += value % 7
+        if kind in {"miss", "misses"}:
+            for nth in range(1 if kind == "miss" else 100):
+                start = (value + nth * 7 * BLOCK_BYTES) % size // BLOCK_BYTES * BLOCK_BYTES
+                touched.add(start // SEGMENT_BYTES)
+                fill.on_miss(start, RANDOM_READ_BYTES, 0.2, now_s)
+                spent += RANDOM_READ_BYTES
+        elif kind == "run":
+            fill.on_run(value)
+        elif kind == "landed":
+            fill.on_landed(value % MIB, 0.01)
+        else:
+            for _ in range(30 if kind == "orders" else 1):
+                piece = fill.piece(now_s)
+                if piece is None:
+                    break
+                assert 0 <= piece.start < piece.stop <= size
+                assert piece.start % BLOCK_BYTES == 0
+                assert len(piece) <= PIECE_BYTES_MAX
+                assert piece.start // SEGMENT_BYTES == (piece.stop - 1) // SEGMENT_BYTES
+                assert piece.start // SEGMENT_BYTES in touched or len(touched) * SEGMENT_BYTES >= size * WHOLE_SHARE_MIN
+                if kind == "done":
+                    fill.is_ordered()
+                else:
+                    fill.ordered(len(piece))
+                    total += len(piece)
+    assert total <= bytes_max + PIECE_BYTES_MAX
+    assert total <= spent / SPENT_SHARE_MIN + SEGMENT_BYTES
