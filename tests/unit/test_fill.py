@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_file_read_at_random_again_and_again_is_completed() -> None:
     now_s = read_at_random(fill, 600)
     pieces = sorted(ordered(fill, now_s))
     assert sum(map(len, pieces)) == fill.size
-    assert all(one.stop == other.start for one, other in zip(pieces, pieces[1:], strict=False))
+    assert all(one.stop == other.start for one, other in itertools.pairwise(pieces))
     assert fill.piece(now_s) is None
 
 

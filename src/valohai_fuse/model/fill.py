@@ -8,9 +8,10 @@ unknown, so this follows who rents skis until the rent has reached the price of 
 - *time*: readers must have waited as long as completing takes, at the rate at which that goes. With a store next door a miss
   is cheap, and nothing is bought.
 
-What is bought are the segments in which misses fell, the most missed first, and what is left of a file of which most was touched:
-a reader that keeps to a part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never
-cost more than those reads. A run of reads in order is readahead's business and starts the account anew; so does a pause.
+What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
+touched: a reader that keeps to a part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing.
+So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is readahead's business and starts the
+account anew; so does a pause.
 
 Pure: times are given, in seconds of any clock. Knows nothing of what is cached or in flight; who carries a piece out subtracts
 that and says when there is nothing left to order of it.

@@ -1,0 +1,61 @@
+"""Background fill on real mounts: reads at random, and after a while the file needs no store any more."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from support.mounts import MountedSandbox, MountInputs, wait_until
+from valohai_fuse.sandbox import faults
+from valohai_fuse.sandbox.content import ramp
+
+MIB = 1024 * 1024
+SIZE = 24 * MIB + 12345
+ALWAYS = None
+
+
+def read_at_random(mounted: MountedSandbox, count: int) -> int:
+    """An open descriptor after so many reads of 4 KiB anywhere, which the kernel was asked not to extend."""
+    fd = os.open(mounted.path("data", "a.bin"), os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    expected, dice = mounted.sandbox.expected_bytes("data", "a.bin"), random.Random(1)
+    for _ in range(count):
+        offset = dice.randrange(SIZE - 4096)
+        assert os.pread(fd, 4096, offset) == expected[offset : offset + 4096]
+    return fd
+
+
+def figures(mounted: MountedSandbox) -> tuple[int, int]:
+    """Bytes cached, and bytes filled."""
+    (mount,) = mounted.status()["mounts"]
+    return mount["cached_bytes"], int(mount["metrics"]["filled_bytes"])
+
+
+@pytest.mark.timeout(60)
+def test_a_file_that_is_read_at_random_is_completed_while_the_line_is_idle(mount_inputs: MountInputs) -> None:
+    """Each byte is fetched once, `status` counts what was filled, and with the store gone all of the file can be read."""
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE)}})
+    mounted.sandbox.store.faults.add(faults.delay(0.01), count=ALWAYS)
+    fd = read_at_random(mounted, 130)
+    try:
+        wait_until("the file is complete", lambda: mounted.sent_bytes() >= SIZE, timeout_s=30)
+        wait_until("all of it has landed", lambda: figures(mounted)[0] == SIZE)
+        assert figures(mounted)[1] > SIZE / 4
+        assert mounted.sent_bytes() == SIZE
+        mounted.sandbox.stop_store()
+        expected = mounted.sandbox.expected_bytes("data", "a.bin")
+        assert b"".join(os.pread(fd, MIB, at) for at in range(0, SIZE, MIB)) == expected
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.timeout(60)
+def test_background_fill_can_be_turned_off(mount_inputs: MountInputs) -> None:
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE)}}, options=("--background-fill=0",))
+    mounted.sandbox.store.faults.add(faults.delay(0.01), count=ALWAYS)
+    os.close(read_at_random(mounted, 130))
+    cached_bytes, filled_bytes = figures(mounted)
+    assert filled_bytes == 0
+    assert mounted.sent_bytes() == cached_bytes < 0.7 * SIZE
