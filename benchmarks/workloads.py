@@ -169,16 +169,27 @@ def _scattered() -> list[Workload]:
 
     no_worse = Target("elapsed_s", 1.0, "best")
     exact = Target("fetched_per_read_kib", 256)
+    once = Target("fetched_kib", 512 * 1024)
     return [
         Workload(
+            "random-first-1",
+            "the first 200 random reads of 4 KiB of 512 MiB, 20 ms, 1 thread",
+            "half",
+            REGION,
+            _half,
+            random(4096, 1) | {"count": 200},
+            "p50_ms",
+            (Target("p50_ms", 25), Target("p99_ms", 60), exact),
+        ),
+        Workload(
             "random-4k-1",
-            "random 4 KiB over 512 MiB, 20 ms, 1 thread",
+            "2,000 random reads of 4 KiB over 512 MiB, 20 ms, 1 thread",
             "half",
             REGION,
             _half,
             random(4096, 1),
-            "p50_ms",
-            (Target("p50_ms", 25), Target("p99_ms", 60), exact, no_worse),
+            "elapsed_s",
+            (no_worse, once),
         ),
         Workload(
             "random-4k-8",
@@ -188,7 +199,7 @@ def _scattered() -> list[Workload]:
             _half,
             random(4096, 8),
             "reads_s",
-            (Target("reads_s", 7 / 0.025), exact, no_worse),
+            (Target("reads_s", 7 / 0.025), once, no_worse),
         ),
         Workload(
             "random-128k-1", "random 128 KiB, 1 thread", "half", REGION, _half, random(131072, 1), "p50_ms", (no_worse,)
