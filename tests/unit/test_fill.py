@@ -75,7 +75,7 @@ def test_a_file_read_at_random_again_and_again_is_completed() -> None:
 def test_a_short_random_workload_fetches_what_it_reads() -> None:
     """The threshold lies well above some hundred reads of a large file, and is reached within some hundred."""
     assert 200 <= misses_until_worth_it(Fill(512 * MIB, 4 * GIB)) <= 300
-    assert misses_until_worth_it(Fill(MIB, 4 * GIB)) == MISSES_MIN
+    assert misses_until_worth_it(Fill(30 * MIB, 4 * GIB)) == MISSES_MIN
 
 
 def test_reads_anywhere_in_a_terabyte_cost_only_themselves() -> None:
@@ -89,6 +89,29 @@ def test_a_reader_that_keeps_to_a_part_gets_that_part() -> None:
     pieces = ordered(fill, read_at_random(fill, 500, within=part))
     assert sum(map(len, pieces)) == len(part)
     assert all(part.start <= piece.start and piece.stop <= part.stop for piece in pieces)
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_one_pass_over_a_column_is_not_completed(threads: int) -> None:
+    """A tenth of 2 GiB of parquet, in ascending pieces, by threads side by side; nor is a second column right after it."""
+    fill = Fill(2 * GIB, 4 * GIB)
+    for column in (MIB, 2 * MIB):
+        pieces = range(column, 2 * GIB, 4 * MIB)
+        lanes = [pieces[lane * len(pieces) // threads : (lane + 1) * len(pieces) // threads] for lane in range(threads)]
+        for number, together in enumerate(itertools.zip_longest(*lanes)):
+            for start in together:
+                if start is not None:
+                    fill.on_miss(start, 400 * 1024, 0.5, number * 0.5)
+                    assert not fill.is_worth_it
+
+
+def test_a_file_that_is_read_all_over_in_sorted_batches_is_completed() -> None:
+    """As h5py wants indices: each batch ascending, and then the next one from the beginning."""
+    fill, dice = Fill(512 * MIB, 4 * GIB), random.Random(2)
+    for batch in range(20):
+        for start in sorted(dice.randrange(512 * MIB // BLOCK_BYTES) * BLOCK_BYTES for _ in range(32)):
+            fill.on_miss(start, RANDOM_READ_BYTES, 0.02, batch)
+    assert fill.is_worth_it
 
 
 def test_a_near_store_needs_no_fill() -> None:

@@ -8,6 +8,9 @@ unknown, so this follows who rents skis until the rent has reached the price of 
 - *time*: readers must have waited as long as completing takes, at the rate at which that goes. With a store next door a miss
   is cheap, and nothing is bought.
 
+Only a reader that comes back has rent to pay: at least half of the misses must lie in segments that were missed before, with
+other places in between. One pass over a file, say over a column of it, needs nothing where it has been.
+
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
 touched: a reader that keeps to a part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing.
 So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is readahead's business and starts the
@@ -28,6 +31,11 @@ MISSES_MIN = 64
 """Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
 
 SPENT_SHARE_MIN = 1 / 16
+
+RETURN_SHARE_MIN = 1 / 2
+RETURN_DISTANCE = 16
+"""Misses elsewhere since the last one in a segment, that make the next one a return (a quarter of the segments, where that is
+less): threads that scan row groups side by side leave a place and are back at once."""
 
 WHOLE_SHARE_MIN = 3 / 4
 """Of a file's segments touched: from then on it is read all over, and its other segments are wanted as well."""
@@ -67,6 +75,9 @@ class Fill:
     _latest_s: float = 0.0
     _touched: dict[int, int] = field(default_factory=dict)
     """Segment -> scattered misses in it."""
+    _latest: dict[int, int] = field(default_factory=dict)
+    """Segment -> which of all misses the last one in it was."""
+    _returns: int = 0
     _complete: set[int] = field(default_factory=set)
     _current: Extent | None = None
     _ordered_bytes_current: int = 0
@@ -85,6 +96,9 @@ class Fill:
         self._waited_s += min(waited_s, WAIT_S_MAX)
         index = start // SEGMENT_BYTES
         if self._touched_bytes < self.bytes_max or index in self._touched:
+            elsewhere = self._misses - self._latest.get(index, self._misses) - 1
+            self._returns += elsewhere >= max(1, min(RETURN_DISTANCE, len(self._touched) // 4))
+            self._latest[index] = self._misses
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
             self._begin_anew()  # wider than what may be bought: as if nothing had been seen
@@ -108,6 +122,7 @@ class Fill:
         """Whether the rent has reached the price, by what is known now."""
         return (
             self._misses >= MISSES_MIN
+            and self._returns >= RETURN_SHARE_MIN * self._misses
             and self._failures < FAILURES_MAX
             and self._ordered_bytes < self.bytes_max
             and self._wanted_bytes <= self.bytes_max
@@ -173,7 +188,8 @@ class Fill:
         return self._landed_bytes / self._busy_s if is_measured else RATE_BYTES_S
 
     def _begin_anew(self) -> None:
-        self._misses = self._spent_bytes = 0
+        self._misses = self._returns = self._spent_bytes = 0
+        self._latest.clear()
         self._waited_s = 0.0
         self._touched.clear()
         self._complete.clear()
