@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cache, found, provision, report, trial
+from benchmarks import cache, found, profiling, provision, report, trial
 from benchmarks.dataset import FULL, QUICK, Dataset
 from benchmarks.peers import OURS, PEERS, Peer, PeerFailedError, Place
 from benchmarks.say import say
@@ -137,9 +137,11 @@ def _run_target(arguments: argparse.Namespace, bench_work: Path, chosen: list[Wo
 
 
 def main(argv: list[str]) -> int:
-    """Returns 1 when a trial of ours failed, so that a quick run is a test. `cache` is a bench of its own."""
+    """Returns 1 when a trial of ours failed, so that a quick run is a test. `cache` and `profile` are benches of their own."""
     if argv[:1] == ["cache"]:
         return cache.main(argv[1:])
+    if argv[:1] == ["profile"]:
+        return _profile(profiling.arguments(argv[1:]))
     arguments = _arguments(argv)
     arguments.runs = arguments.runs or (1 if arguments.quick else 5)
     if arguments.quick and arguments.write and arguments.docs_dir == _DOCS_DIR:
@@ -156,6 +158,36 @@ def main(argv: list[str]) -> int:
         if arguments.target:
             return _run_target(arguments, work, workloads)
         return _run_peers(arguments, work, tools, workloads)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    """One profiled trial of ours on each of `profiling.PROFILED`."""
+    work = _WORK_DIR / ("quick" if arguments.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    ours = next(peer for peer in PEERS if peer.name == OURS)
+    with (_WORK_DIR / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tools = provision.provision(_WORK_DIR, extra=("perf",))
+        dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
+        dataset.make()
+        selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
+        kept_path = work / "results.json"
+        results: dict[str, Any] = json.loads(kept_path.read_text()) if kept_path.exists() else {"workloads": {}}
+        with Store(work / "nginx", dataset.root) as store:
+            bench = Bench(tools, store, selection, dataset.inputs(), work, arguments.quick)
+            for workload in [w for w in WORKLOADS if w.name in profiling.PROFILED]:
+                profiler = profiling.Profiler()
+                metrics = trial.run(bench, workload, ours, watch=profiler.watch)
+                profile = profiling.per_unit(profiler.shares, metrics, by_file=workload.metric == "files_s")
+                profile["date"] = dt.datetime.now(dt.UTC).date().isoformat()
+                results.setdefault("profiles", {})[workload.name] = profile
+                header, lines = profiling.rows(profile)
+                sys.stdout.write(f"== {workload.name}: {workload.title}\n{report.table(header, lines)}\n\n")
+        if arguments.write:
+            kept_path.write_text(json.dumps(results))
+            for path in report.write(results, _DOCS_DIR):
+                say(f"wrote {path}")
+    return 0
 
 
 def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools, workloads: list[Workload]) -> int:

