@@ -41,6 +41,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         ("--connections", "connections", int),
         ("--window", "readahead", _size),
         ("--window-total", "readahead_total", _size),
+        ("--background-fill", "background_fill", _size),
     ):
         default = default_of(setting)
         text = f"as the setting --{setting.replace('_', '-')} ({default})"
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> int:
         arguments.connections,
         arguments.window,
         arguments.window_total,
+        arguments.background_fill,
     )
     names = [one for name in arguments.traces for one in (MADE if name == "all" else [name])]
     if not arguments.dump:

@@ -1,9 +1,9 @@
 """A mount in virtual time: the real planner, a modelled engine, a modelled line.
 
 What is modelled as it is: plans are carried out as `engine.reader` and `engine.flights` do it (a block in flight or landed is not
-asked for again; an order stays within a segment; what follows a demand directly comes with it; a file that is closed
-cancels what nobody needs), and orders are let go as `fetch.pool` does it (so many at once, a quarter of them not for
-guesses, demand first).
+asked for again; an order stays within a segment; what follows a demand directly comes with it; a file that is closed cancels
+what nobody needs), what is read at random is completed as `engine.fill` does it, and orders are let go as `fetch.pool` does it
+(so many at once, a quarter of them not for guesses, demand first).
 
 What is simplified: the bytes of all answers share one line evenly, each at most at a connection's own rate; an answer begins one
 latency after its request, on a new connection two; nothing fails, nothing is evicted, and processors cost nothing. So it
@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 
 from benchmarks.meters import percentile
 from benchmarks.traces import Read, Trace
+from valohai_fuse.engine.fill import LINE_IDLE_BYTES, ORDERS_MAX
 from valohai_fuse.engine.flights import FINISH_BYTES_MAX
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent, align, split_by_segment
+from valohai_fuse.model.fill import Fill
 from valohai_fuse.model.readahead import Plan, Planner
 from valohai_fuse.settings import OPTIONS, parse_bytes
 
@@ -43,6 +45,7 @@ class Line:
     connections: int = int(default_of("connections"))
     window_bytes: int = parse_bytes(default_of("readahead"))
     window_bytes_total: int = parse_bytes(default_of("readahead_total"))
+    fill_bytes: int = parse_bytes(default_of("background_fill"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,13 @@ class _Transfer:
     landed: float
     urgent: bool
     flows: bool = False
+    fills: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class _File:
     size: int
+    fill: Fill
     present: set[int] = field(default_factory=set)
     transfers: list[_Transfer] = field(default_factory=list)
     readers: int = 0
@@ -82,6 +87,7 @@ class _Pending:
 
     reader: _Reader
     index: int
+    plan: Plan
     awaits: list[tuple[_Transfer, int]]
 
     @property
@@ -134,6 +140,9 @@ class Simulation:
         self._connections = 0
         self._gets = 0
         self._fetched = 0.0
+        self._fill_orders_max = min(ORDERS_MAX, line.connections // 4)
+        self._marked_s = 0.0
+        """When the last piece of a fill landed, or the first of those under way was ordered."""
         self._readers = _readers(trace, line)
         self._open = len(self._readers)
 
@@ -170,6 +179,7 @@ class Simulation:
                 self._issue(what)
             else:
                 what.flows = True
+        self._complete()
         self._let_go()
         return True
 
@@ -192,15 +202,43 @@ class Simulation:
 
     # --- transfers ---
 
-    def _begin(self, file: _File, wanted: Extent, *, urgent: bool) -> None:
-        """Orders what of `wanted` is neither there nor on its way, an order for each segment."""
+    def _begin(self, file: _File, wanted: Extent, *, urgent: bool, fills: bool = False) -> list[_Transfer]:
+        """Orders what of `wanted` is neither there nor on its way, an order for each segment; of a fill only the first."""
+        begun: list[_Transfer] = []
         coming = {number for transfer in file.transfers for number in _blocks(transfer.extent)}
         lacking = [n for n in _blocks(wanted) if n not in file.present and n not in coming]
         for run in _runs(lacking, file.size):
             for part in split_by_segment(run):
-                transfer = _Transfer(file, part, part.start, urgent)
+                if fills and begun:
+                    return begun
+                transfer = _Transfer(file, part, part.start, urgent, fills=fills)
+                begun.append(transfer)
                 file.transfers.append(transfer)
                 self._waiting.append(transfer)
+        return begun
+
+    def _complete(self) -> None:
+        """Background fill, as `engine.fill` does it: a piece when two are not under way yet and the line is idle otherwise."""
+        open_files = {id(reader.file): reader.file for reader in self._readers if reader.file.readers}
+        for file in open_files.values():
+            while (piece := file.fill.piece(self._now_s)) is not None and self._may_fill():
+                begun = self._begin(file, piece, urgent=False, fills=True)
+                if begun:
+                    file.fill.ordered(sum(len(transfer.extent) for transfer in begun))
+                else:
+                    file.fill.is_ordered()
+
+    def _may_fill(self) -> bool:
+        under_way = [*self._active, *self._waiting]
+        others = [transfer for transfer in under_way if not transfer.fills]
+        filling = len(under_way) - len(others)
+        if not filling:
+            self._marked_s = self._now_s
+        return (
+            filling < self._fill_orders_max
+            and len(others) < self._line.connections // 2
+            and sum(len(transfer.extent) for transfer in others) <= LINE_IDLE_BYTES
+        )
 
     def _let_go(self) -> None:
         """As many orders as may be under way, demand first, and among equals the older."""
@@ -224,6 +262,9 @@ class Simulation:
             transfer.file.present.update(_blocks(transfer.extent))
             self._idle_connections += 1
             self._fetched += len(transfer.extent)
+            if transfer.fills:
+                transfer.file.fill.on_landed(len(transfer.extent), self._now_s - self._marked_s)
+                self._marked_s = self._now_s
 
     def _close(self, file: _File) -> None:
         """The last reader of a file is done: what is far from its end and needed by nobody is cancelled."""
@@ -250,6 +291,8 @@ class Simulation:
         read, file = reader.reads[index], reader.file
         extent = Extent(read.offset, min(read.offset + read.size, file.size))
         plan = reader.planner.on_read(extent.start, extent.stop)
+        if not plan.is_scattered:
+            file.fill.on_run(plan.run_bytes)
         demand = align(extent.start, extent.stop, file.size)
         if not all(number in file.present for number in _blocks(demand)):
             self._begin(file, _joined(plan), urgent=True)
@@ -263,7 +306,7 @@ class Simulation:
         ]
         for transfer, _ in awaits:
             transfer.urgent = True
-        pending = _Pending(reader, index, awaits)
+        pending = _Pending(reader, index, plan, awaits)
         if pending.over:
             self._finish(pending)
         else:
@@ -289,6 +332,10 @@ class Simulation:
     def _finish(self, pending: _Pending) -> None:
         reader = pending.reader
         reader.done_s[pending.index] = self._now_s
+        plan = pending.plan
+        if pending.awaits and plan.is_scattered:
+            waited_s = self._now_s - reader.issued_s[pending.index]
+            reader.file.fill.on_miss(plan.demand.start, len(plan.demand) + len(plan.ahead), waited_s, self._now_s)
         if reader.over:
             self._open -= 1
             self._over_s = self._now_s
@@ -329,7 +376,7 @@ def _readers(trace: Trace, line: Line) -> list[_Reader]:
     for read in trace:
         name = read.file or f"handle {read.handle}"
         sizes[name] = max(sizes.get(name, 0), read.file_bytes or read.offset + read.size)
-    files = {name: _File(size) for name, size in sizes.items()}
+    files = {name: _File(size, Fill(size, line.fill_bytes)) for name, size in sizes.items()}
     readers: dict[int, _Reader] = {}
     for read in trace:
         if read.handle not in readers:

@@ -91,6 +91,16 @@ def test_closing_cancels_what_nobody_needs() -> None:
     assert outcome(stopped).fetched_bytes <= 32 * MIB
 
 
+def test_what_is_read_at_random_is_completed_as_in_a_mount() -> None:
+    """2,000 random reads profit, no byte comes twice, and one pass over a column costs what it cost."""
+    trace = MADE["random-4k"][1]()
+    with_fill, without = outcome(trace), outcome(trace, fill_bytes=0)
+    assert with_fill.elapsed_s < without.elapsed_s / 2
+    assert without.fetched_bytes < with_fill.fetched_bytes <= 513 * MIB
+    assert with_fill.p99_s < 2 * without.p99_s
+    assert outcome(MADE["column-scan"][1]()) == outcome(MADE["column-scan"][1](), fill_bytes=0)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_every_made_trace_is_the_same_each_time_and_runs(name: str) -> None:
     trace = MADE[name][1]()
@@ -188,10 +198,11 @@ def test_a_log_of_several_mounts_keeps_them_apart() -> None:
 def test_the_line_has_the_settings_defaults() -> None:
     defaults = resolve({}, {})
     line = Line()
-    assert (line.connections, line.window_bytes, line.window_bytes_total) == (
+    assert (line.connections, line.window_bytes, line.window_bytes_total, line.fill_bytes) == (
         defaults.connections,
         defaults.readahead,
         defaults.readahead_total,
+        defaults.background_fill,
     )
 
 
