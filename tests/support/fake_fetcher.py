@@ -74,6 +74,9 @@ class FakeFetcher:
         self.started: list[FetchOrder] = []
         """Every order that got a connection, in that order."""
         self.cancelled: list[FetchOrder] = []
+        self.line_bytes_s = float("inf")
+        """Of all orders together, which share it evenly."""
+        self._line = trio.Lock()
         self.active = 0
         self.active_peak = 0
         self.fetched_bytes = 0
@@ -168,6 +171,9 @@ class FakeFetcher:
         while start < end:
             stop = min(start + self._step_bytes, end)
             await trio.sleep((stop - start) / script.bytes_per_s)
+            if self.line_bytes_s < float("inf"):
+                async with self._line:  # its queue is fair
+                    await trio.sleep((stop - start) / self.line_bytes_s)
             self._land(order, start, content[start:stop], version)
             self.fetched_bytes += stop - start
             landed(Landed(stop, version))
