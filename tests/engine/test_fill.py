@@ -6,6 +6,7 @@ import random
 
 import pytest
 import trio
+import trio.testing
 
 from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
@@ -204,3 +205,22 @@ def test_trouble_ends_it_quietly(trouble: str) -> None:
         rig.reader.close(handle)
 
     run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+
+
+def test_an_unmount_ends_it() -> None:
+    """Flights that are cancelled with the engine's nursery do not begin others for ever."""
+    rigs: list[EngineRig] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            rig = EngineRig(nursery, {"a": SIZE}, window=MIB, read_timeout_s=300, fill=FillLimits(GIB))
+            rigs.append(rig)
+            rig.fetcher.default = LINE
+            await read_until_it_is_worth_it(rig, rig.open("a"))
+            await trio.sleep(0.03)
+            assert rig.flights.active == ORDERS_MAX
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert rigs[0].flights.active == rigs[0].flights.active_bytes == 0
+    assert len(ahead(rigs[0])) <= ORDERS_MAX * 2 + FAILURES_MAX
