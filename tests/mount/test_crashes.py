@@ -148,6 +148,33 @@ def test_a_worker_without_memory_is_replaced_and_the_reader_notices_nothing(moun
     assert mount["errors"] == 0
 
 
+@pytest.mark.parametrize("spare_bytes", [64 * 1024, 4 * MIB])
+def test_a_worker_that_runs_short_of_memory_in_mid_stream(mount_inputs: MountInputs, spare_bytes: int) -> None:
+    """Little more may be allocated than there is: some transfers of it fail or it ends, and the reader gets every byte."""
+    mounted = mount_inputs(
+        {"data": {"a.bin": ramp(MIB), "b.bin": ramp(40 * MIB)}},
+        options=("--workers=1", "--read-timeout=20"),
+        expected_warnings=(LOST_WORKER,),
+    )
+    with Reader(mounted.path("data", "a.bin")) as reader:
+        assert reader.said() == whole(mounted.sandbox, "a.bin")
+    (short,) = workers(daemon_pid(mounted, "data"))
+    _limit_memory(short, spare_bytes)
+    with Reader(mounted.path("data", "b.bin")) as reader:
+        assert reader.said() == whole(mounted.sandbox, "b.bin")
+    (mount,) = mounted.status()["mounts"]
+    assert mount["metrics"]["fetch_retries"] >= 1, "the limit was none"
+    assert mount["errors"] == 0
+    assert mount["metrics"]["loop_stalls"] == 0
+
+
+def _limit_memory(pid: int, spare_bytes: int) -> None:
+    """What a process may map from now on: what it has, and so much more."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + spare_bytes
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+
+
 # --- the daemon -------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +295,58 @@ def test_a_signal_waits_for_a_reader_that_ends_in_time(mount_inputs: MountInputs
     assert table.find(str(mounted.path("data"))) is None
 
 
+def everybody(*tops: int) -> list[int]:
+    """These processes and all that they have started."""
+    found = list(tops)
+    for pid in found:
+        found += [child for child in children(pid) if child not in found]
+    return found
+
+
+def test_a_shutdown_of_the_host_lets_a_reader_end_that_can(mount_inputs: MountInputs) -> None:
+    """SIGTERM to supervisor, daemon and workers at once, as a host that shuts down does: the stream that is under way is read to
+    its end, then all is unmounted, and nothing is left."""
+    mounted = mount_inputs(
+        {"data": {"a.bin": ramp(8 * MIB)}}, options=("--grace-period=20",), expected_warnings=(LOST_WORKER,)
+    )
+    mounted.sandbox.store.faults.add(faults.drip(256 * 1024, 0.05), count=None)
+    with Reader(mounted.path("data", "a.bin")) as reader:
+        reader.wait_open()
+        wait_until("it is in the middle", lambda: mounted.sent_bytes() > 512 * 1024)
+        pids = everybody(supervisor_pid(mounted, "data"))
+        assert len(pids) >= 3
+        _terminate(pids)
+        assert reader.said() == whole(mounted.sandbox, "a.bin")
+    wait_until("all have gone", lambda: all(map(is_gone, pids)), timeout_s=10)
+    assert table.find(str(mounted.path("data"))) is None
+    assert not list(Path(mounted.runtime_dir).glob("*.json"))
+
+
+def test_a_shutdown_of_the_host_is_not_held_up(mount_inputs: MountInputs) -> None:
+    """The same with a store that does not answer: all are gone soon after the grace period, and the reader has its error."""
+    mounted = mount_inputs(
+        {"data": {"a.bin": ramp(8 * MIB)}},
+        options=("--grace-period=1",),
+        expected_warnings=(LOST_WORKER, "is busy .* detached lazily"),
+    )
+    mounted.sandbox.store.faults.add(faults.stall_after(0), count=None)
+    with Reader(mounted.path("data", "a.bin")) as reader:
+        reader.wait_open()
+        wait_until("it waits", lambda: reads_under_way(mounted) >= 1)
+        pids = everybody(supervisor_pid(mounted, "data"))
+        _terminate(pids)
+        assert reader.errno(timeout_s=10) in DEAD
+    wait_until("all have gone", lambda: all(map(is_gone, pids)), timeout_s=10)
+    assert table.find(str(mounted.path("data"))) is None
+    assert not list(Path(mounted.runtime_dir).glob("*.json"))
+
+
+def _terminate(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
 # --- run -- CMD -------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +408,43 @@ def test_run_keeps_the_status_when_a_worker_is_killed(sandbox: Sandbox) -> None:
         status, out, said = run.finish()
         killer.join()
         assert (status, out) == (7, f"{4 * MIB}\n"), said
+        assert table.find(run.mountpoint) is None
+
+
+def test_run_notices_nothing_of_a_worker_without_memory(sandbox: Sandbox) -> None:
+    """CMD reads on when the worker can allocate nothing any more, and exits with its own status."""
+    with Run(sandbox, f"open(path, 'rb').read(1)\n{READ_AND_EXIT_7}", "--workers=1") as run:
+        daemon, _ = run.wait_up()
+        sandbox.store.faults.add(faults.drip(128 * 1024, 0.05), count=None)
+        starver = threading.Thread(target=_starve_a_worker, args=(daemon,))
+        starver.start()
+        status, out, said = run.finish()
+        starver.join()
+        assert (status, out) == (7, f"{4 * MIB}\n"), said
+        assert table.find(run.mountpoint) is None
+
+
+def _starve_a_worker(daemon: int) -> None:
+    wait_until("there is a worker", lambda: bool(workers(daemon)))
+    _limit_memory(workers(daemon)[0], 0)
+
+
+def test_a_shutdown_of_the_host_ends_run_and_all_that_it_started(sandbox: Sandbox) -> None:
+    """SIGTERM to `run`, CMD, supervisor, daemon and workers at once, while CMD reads: `run` says how CMD ended, and nothing is left
+    mounted or running."""
+    then = "print(len(open(path, 'rb').read(100)), flush=True)\nopen(path, 'rb').read()\nsys.stdin.read()"
+    with Run(sandbox, then, "--grace-period=1") as run:
+        run.wait_up()
+        assert run.process.stdin is not None
+        assert run.process.stdout is not None
+        run.process.stdin.write("go\n")
+        run.process.stdin.flush()
+        assert run.process.stdout.readline() == "100\n"
+        pids = everybody(run.process.pid)
+        assert len(pids) >= 5
+        _terminate(pids)
+        assert run.process.wait(20) == 128 + signal.SIGTERM
+        wait_until("all have gone", lambda: all(map(is_gone, pids)), timeout_s=10)
         assert table.find(run.mountpoint) is None
 
 
