@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -66,6 +66,39 @@ def test_a_loop_that_stands_still_is_told_with_the_place(caplog: pytest.LogCaptu
     )
     assert metrics.snapshot()["loop_stalls"] == 1
     assert 0.5 < metrics.snapshot()["loop_stall_seconds_max"] <= 2
+
+
+def test_an_idle_loop_is_not_looked_at_and_its_stall_is_seen_all_the_same(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing happens the watching thread sleeps; the pass that ends the idleness wakes it, and so does the end."""
+    looks: list[float] = []
+    wait = signal.sigtimedwait
+
+    def noted(signals: Iterable[int], seconds: float) -> signal.struct_siginfo | None:
+        looks.append(seconds)
+        return wait(signals, seconds)
+
+    monkeypatch.setattr(signal, "sigtimedwait", noted)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watching(RequestsUnderWay(), Counts()).run)
+            while watchdog.LOOK_IDLE_S not in looks:  # noqa: ASYNC110 - the thread tells nobody
+                await trio.sleep(4 * watchdog.LOOK_S)
+            before = len(looks)
+            await trio.sleep(8 * watchdog.LOOK_S)
+            assert len(looks) <= before + 3
+            stand_still(0.8)
+            await trio.sleep(8 * watchdog.LOOK_S)
+            assert looks[-1] == watchdog.LOOK_IDLE_S
+            nursery.cancel_scope.cancel()
+
+    began_s = time.monotonic()
+    trio.run(main)
+    assert time.monotonic() - began_s < watchdog.LOOK_IDLE_S / 2
+    (said,) = warnings(caplog)
+    assert "stand_still" in said
 
 
 def test_a_busy_loop_is_not_a_stall(caplog: pytest.LogCaptureFixture) -> None:

@@ -224,25 +224,26 @@ class Transfer:
         """When `advance` is to be called even if nothing arrives; None: no need."""
         return self._landed_at_s + self._interval_s if self._due_bytes() else None
 
-    @property
-    def late_at_s(self) -> float | None:
-        """When the pool is to hear that nothing comes, unless something does; None: never."""
+    def look_at_s(self, stall_timeout_s: float) -> float:
+        """Until when it is neither late nor stalled, whatever comes or does not."""
+        return min(self.progress_at_s + stall_timeout_s, self._late_at_s())
+
+    def take_late(self, now_s: float) -> bool:
+        """Whether the pool is to hear that nothing comes; after it was said, not before twice the time has passed."""
+        if now_s < self._late_at_s():
+            return False
+        self._late_patience *= 2
+        return True
+
+    def _late_at_s(self) -> float:
         if not self.order.late_after_s or self.complete:
-            return None
+            return float("inf")
         patience_s = self.order.late_after_s
         if self._answered:
             patience_s = max(patience_s, LATE_BODY_S)
         elif self._connects:
             patience_s *= CONNECTING_PATIENCE
         return self._heard_at_s + patience_s * self._late_patience
-
-    def take_late(self, now_s: float) -> bool:
-        """Whether that is so now; it is said again after twice the time."""
-        late_at_s = self.late_at_s
-        if late_at_s is None or now_s < late_at_s:
-            return False
-        self._late_patience *= 2
-        return True
 
     @property
     def complete(self) -> bool:

@@ -68,6 +68,8 @@ class Worker:
         self._curl_timer_at_s: float | None = None
         self._idle_curls: list[pycurl.Curl] = []
         self._transfers: dict[int, Transfer] = {}
+        self._look_at_s = float("inf")
+        """Until then none of them is late or has stalled. What arrives only puts that off, so it is not kept up to date."""
         self._by_curl: dict[pycurl.Curl, Transfer] = {}
         self._outgoing: list[bytes] = []
         self._behind = WriteBehind()
@@ -128,9 +130,9 @@ class Worker:
     def _wait_s(self) -> float | None:
         """How long epoll may sleep; None: until something happens."""
         moments = [at_s for at_s in (self._curl_timer_at_s, self._behind.give_up_at_s) if at_s is not None]
-        for transfer in self._transfers.values():
-            moments.append(transfer.progress_at_s + self._configure.stall_timeout_s)
-            moments += [at_s for at_s in (transfer.land_at_s, transfer.late_at_s) if at_s is not None]
+        if self._transfers:
+            moments.append(self._look_at_s)
+        moments += [at_s for transfer in self._transfers.values() if (at_s := transfer.land_at_s) is not None]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _new_curl(self) -> pycurl.Curl:
@@ -199,6 +201,7 @@ class Worker:
             return
         self._transfers[order.id] = transfer
         self._by_curl[curl] = transfer
+        self._look_at_s = min(self._look_at_s, transfer.look_at_s(self._configure.stall_timeout_s))
         self._multi.add_handle(curl)
 
     def _post(self, message: ToPool) -> None:
@@ -215,22 +218,34 @@ class Worker:
 
     def _advance(self, now_s: float) -> None:
         """Lands what arrived, and ends what must not go on."""
+        looks = now_s >= self._look_at_s
         for transfer in list(self._transfers.values()):
             try:
                 landed = transfer.advance(now_s)
                 if landed is not None:
                     self._post(landed)
-                if transfer.take_late(now_s):
-                    self._post(Late(id=transfer.order.id))
-                stalled = now_s - transfer.progress_at_s >= self._configure.stall_timeout_s
-                if transfer.surplus or (stalled and transfer.complete):
+                if transfer.surplus:
                     self._conclude(transfer, now_s)
-                elif stalled:
-                    raise Rejected(FailureKind.TRANSIENT, "nothing came for the stall timeout")  # noqa: TRY301 - one way out
+                elif looks:
+                    self._look(transfer, now_s)
             except Rejected as rejected:
                 self._fail(transfer, rejected)
             except OSError as error:
                 self._fail(transfer, _disk(error))
+        if looks:
+            stall_timeout_s = self._configure.stall_timeout_s
+            self._look_at_s = min(
+                (t.look_at_s(stall_timeout_s) for t in self._transfers.values()), default=float("inf")
+            )
+
+    def _look(self, transfer: Transfer, now_s: float) -> None:
+        """Whether it is late or has stalled; raises Rejected for the latter."""
+        if transfer.take_late(now_s):
+            self._post(Late(id=transfer.order.id))
+        if now_s - transfer.progress_at_s >= self._configure.stall_timeout_s:
+            if not transfer.complete:
+                raise Rejected(FailureKind.TRANSIENT, "nothing came for the stall timeout")
+            self._conclude(transfer, now_s)
 
     def _collect(self, now_s: float) -> None:
         """Ends the transfers that libcurl is done with."""

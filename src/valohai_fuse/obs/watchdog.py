@@ -5,11 +5,14 @@ its runnable tasks takes longer than STALL_S. Time during which the loop's threa
 to others is not counted (schedstat): a busy machine is not a fault of ours. Both are a WARNING with the stack, and a number in
 `status`. SIGUSR1 writes the stacks of all threads and tasks and the state to the log, also while the loop stands still.
 
-Cost: two clock readings per pass of the loop, and a thread that looks ten times a second while there is work and once a second
-while there is none. Overdue requests cost nothing to look for: the task sleeps until the oldest request would be overdue.
+Cost: two clock readings per pass of the loop, and a thread that looks ten times a second while there is work and sleeps while
+there is none, until a pass of the loop wakes it. Overdue requests cost nothing to look for: the task sleeps until the oldest
+request would be overdue.
 
-Concurrency: `busy_since_s` and `passes` are written by the loop's thread alone, `_reported` by the watching thread alone; each
-is read by the other as it is (one word, under the GIL). Must not know: what a request does, what the state means.
+Concurrency: `busy_since_s` and `passes` are written by the loop's thread alone, `_reported` and `_sleeps` by the watching thread
+alone; each is read by the other as it is (one word, under the GIL). No wake-up is lost: one says that it sleeps and then looks
+whether the loop is busy, the other says that it is busy and then looks whether one sleeps. Must not know: what a request does,
+what the state means.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ log = logging.getLogger(__name__)
 STALL_S: Final = 0.25
 MARGIN_S: Final = 5.0
 LOOK_S: Final = 0.1
-LOOK_IDLE_S: Final = 1.0
+LOOK_IDLE_S: Final = 60.0
+_WAKE: Final = signal.SIGRTMIN
+"""Sent to the watching thread alone, which has it blocked and waits for it."""
 LOOP_ANSWERS_WITHIN_S: Final = 2.0
 OVERDUE_REPORTED_MAX: Final = 5
 """Stacks per report: thousands of reads that wait for one store have one reason."""
@@ -96,7 +101,11 @@ class Watchdog(trio.abc.Instrument):
         self._metrics = metrics
         self._state = state
         self._stall_s = stall_s
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._ready = threading.Event()
+        self._may_end = threading.Event()
+        self._thread: threading.Thread
+        self._sleeps = False
         self._clock: _ThreadClock
         self._loop_thread = 0
         self._token: trio.lowlevel.TrioToken
@@ -112,8 +121,9 @@ class Watchdog(trio.abc.Instrument):
         self._clock = _ThreadClock(threading.get_native_id())
         self._loop_thread = threading.get_ident()
         self._token = trio.lowlevel.current_trio_token()
-        watching = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        watching.start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        self._ready.wait()  # until it has its signal blocked: a moment
         trio.lowlevel.add_instrument(self)
         task_status.started()
         try:
@@ -121,8 +131,10 @@ class Watchdog(trio.abc.Instrument):
                 await trio.sleep(self._look_at_requests())
         finally:
             trio.lowlevel.remove_instrument(self)
-            self._stopped.set()
-            watching.join()
+            self._stopped = True
+            self._wake()
+            self._may_end.set()  # not before: a thread that is gone must not be sent a signal
+            self._thread.join()
             self._clock.close()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -131,6 +143,8 @@ class Watchdog(trio.abc.Instrument):
         """A pass begins."""
         self.passes += 1
         self.busy_since_s = time.monotonic()
+        if self._sleeps:
+            self._wake()
 
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - trio's signature
         """The pass is over; one that took too long is counted here, exactly, whether the thread saw it or not."""
@@ -174,13 +188,19 @@ class Watchdog(trio.abc.Instrument):
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
+    def _wake(self) -> None:
+        assert self._thread.ident is not None, "it runs"
+        signal.pthread_kill(self._thread.ident, _WAKE)
+
     def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {_WAKE})
+        self._ready.set()
         seen_passes = -1
-        while not self._stopped.is_set():
+        while not self._stopped:
             is_idle = self.passes == seen_passes and self.busy_since_s is None
             seen_passes = self.passes
             self._clock.look()
-            if self._pause(LOOK_IDLE_S if is_idle else LOOK_S):
+            if self._pause(sleep=is_idle):
                 self.dump()
             began_s, number = self.busy_since_s, self.passes
             if began_s is None or number == self._reported_pass or time.monotonic() - began_s < self._stall_s:
@@ -191,20 +211,19 @@ class Watchdog(trio.abc.Instrument):
                 self._reported_pass = number
                 log.warning("the event loop has stood still for %.2f s: %s", stalled_s, frame_stack(frame))
 
-    def _pause(self, seconds: float) -> bool:
-        """Waits; True when SIGUSR1 ended it. Short naps, so that `run` ends soon after it was cancelled."""
-        end_s = time.monotonic() + seconds
-        while (left_s := end_s - time.monotonic()) > 0 and not self._stopped.is_set():
-            if not is_signal_blocked():
-                self._stopped.wait(left_s)
-            else:
-                # After a SIGCONT that comes too late CPython 3.11 returns a siginfo of nothing instead of None.
-                info = signal.sigtimedwait({signal.SIGUSR1}, min(left_s, LOOK_S))
-                if info is not None and info.si_signo == signal.SIGUSR1:
-                    return True
-            if self.busy_since_s is not None:
-                break
-        return False
+        self._may_end.wait()
+
+    def _pause(self, *, sleep: bool) -> bool:
+        """Waits for the next look; True when SIGUSR1 ended it. A sleep ends when the loop is busy again, and either with `run`."""
+        self._sleeps = sleep
+        if self._stopped or (sleep and self.busy_since_s is not None):
+            self._sleeps = False
+            return False
+        awaited = {_WAKE, signal.SIGUSR1} if is_signal_blocked() else {_WAKE}
+        info = signal.sigtimedwait(awaited, LOOK_IDLE_S if sleep else LOOK_S)
+        self._sleeps = False
+        # After a SIGCONT that comes too late CPython 3.11 returns a siginfo of nothing instead of None.
+        return info is not None and info.si_signo == signal.SIGUSR1
 
     # --- the dump -----------------------------------------------------------------------------------------------------
 
