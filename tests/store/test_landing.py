@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -263,6 +264,34 @@ def test_the_end_of_an_object_is_copied_although_it_is_no_whole_page(path: str) 
         writer.copy_out(path, DIRECT, "v", SEGMENT_BYTES, DIRECT.size)
     assert Path(path).read_bytes()[segment.DATA_OFFSET :] == data
     os.close(fd)
+
+
+def test_a_disk_that_refuses_is_told_and_nothing_stays_open(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error still holds on to the memory that it was writing when the writer is closed."""
+    pwrite = os.pwrite
+
+    def refuse(fd: int, data: bytes, offset: int) -> int:
+        if len(data) >= BLOCK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    fd = memfd(DIRECT)
+    before = len(os.listdir("/proc/self/fd"))
+    writer = SegmentWriter(memory_path(fd), DIRECT, 0, "v")
+    fill(writer, 0, bytes(8 * BLOCK_BYTES))
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        copy_and_close(writer, path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(fd)
+
+
+def copy_and_close(writer: SegmentWriter, path: str) -> None:
+    """As a worker does it."""
+    try:
+        writer.copy_out(path, DIRECT, "v", 0, 8 * BLOCK_BYTES)
+    finally:
+        writer.close()
 
 
 def test_memory_that_was_spoilt_meanwhile_does_not_verify_in_the_file(path: str) -> None:

@@ -94,3 +94,17 @@ def test_closing_writes_what_waits() -> None:
         assert behind.offer(Job(1, lambda number=number: written.append(number), None))  # type: ignore[misc]
     behind.close()
     assert len(written) == 20
+
+
+def test_an_unforeseen_error_costs_one_job(behind: WriteBehind) -> None:
+    """The next one is written."""
+
+    def fail() -> None:
+        raise BufferError("cannot close exported pointers exist")
+
+    assert behind.offer(Job(1, fail, None))
+    assert behind.offer(Job(1, lambda: None, None))
+    assert [(ended.is_written, ended.disk_error) for ended in wait_ended(behind, 2)] == [
+        (False, "BufferError"),
+        (True, ""),
+    ]

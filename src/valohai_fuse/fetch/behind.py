@@ -120,6 +120,8 @@ class WriteBehind:
                 ended = Ended(job, is_written=False, disk_error=refused)
             except MemoryError:
                 ended = Ended(job, is_written=False)
+            except Exception as bug:  # noqa: BLE001 - one piece is not cached; without this thread none would be
+                ended = Ended(job, is_written=False, disk_error=type(bug).__name__)
             else:
                 ended = Ended(job, is_written=True)
             self._ended.put(ended)

@@ -163,8 +163,11 @@ class SegmentWriter:
     def close(self) -> None:
         """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""
         fd, self._fd = self._fd, -1
-        if self._mapped is not None:
-            self._mapped.close()
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            # An error on its way out still refers to what it was about to write: then the mapping goes when that does.
+            with contextlib.suppress(BufferError):
+                mapped.close()
         if fd >= 0:
             os.close(fd)
 
