@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.meters import percentile
 from benchmarks.traces import Read, Trace
-from valohai_fuse.engine.fill import LINE_IDLE_BYTES, ORDERS_MAX
+from valohai_fuse.engine.fill import FILLING_BYTES_MAX, LINE_IDLE_BYTES, ORDERS_MAX
 from valohai_fuse.engine.flights import FINISH_BYTES_MAX
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent, align, split_by_segment
 from valohai_fuse.model.fill import Fill
@@ -218,7 +218,7 @@ class Simulation:
         return begun
 
     def _complete(self) -> None:
-        """Background fill, as `engine.fill` does it: a piece when two are not under way yet and the line is idle otherwise."""
+        """Background fill, as `engine.fill` does it: when the line is idle, and not enough of it is under way yet."""
         open_files = {id(reader.file): reader.file for reader in self._readers if reader.file.readers}
         for file in open_files.values():
             while (piece := file.fill.piece(self._now_s)) is not None and self._may_fill():
@@ -232,10 +232,12 @@ class Simulation:
         under_way = [*self._active, *self._waiting]
         others = [transfer for transfer in under_way if not transfer.fills]
         filling = len(under_way) - len(others)
+        filling_bytes = sum(len(transfer.extent) for transfer in under_way if transfer.fills)
         if not filling:
             self._marked_s = self._now_s
         return (
             filling < self._fill_orders_max
+            and filling_bytes < FILLING_BYTES_MAX
             and len(others) < self._line.connections // 2
             and sum(len(transfer.extent) for transfer in others) <= LINE_IDLE_BYTES
         )

@@ -10,7 +10,7 @@ import trio.testing
 
 from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
-from valohai_fuse.engine.fill import LINE_IDLE_BYTES, ORDERS_MAX, FillLimits
+from valohai_fuse.engine.fill import FILLING_BYTES_MAX, LINE_IDLE_BYTES, ORDERS_MAX, FillLimits
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.model.extents import SEGMENT_BYTES
 from valohai_fuse.model.fill import FAILURES_MAX, PIECE_BYTES_MAX
@@ -121,7 +121,7 @@ def test_where_it_must_not_nothing_is_filled(limits: FillLimits) -> None:
     run(scenario, {"a": SIZE}, fill=limits)
 
 
-def test_it_takes_two_connections_and_leaves_the_line_to_streams() -> None:
+def test_it_takes_few_connections_and_leaves_the_line_to_streams() -> None:
     """While a stream of another file is under way no piece begins; once that has ended, they do."""
 
     async def scenario(rig: EngineRig) -> None:
@@ -139,11 +139,13 @@ def test_it_takes_two_connections_and_leaves_the_line_to_streams() -> None:
         await trio.sleep(10)
         assert not [order for order in ahead(rig) if order.key.stable_id == "a"]
         gate.set()
-        peak = 0
+        peak, peak_bytes = 0, 0
         while cached(rig) < SIZE:
-            peak = max(peak, len(rig.reader._fill._under_way))
+            flights = handle.object.flights
+            peak, peak_bytes = max(peak, len(flights)), max(peak_bytes, sum(len(one.extent) for one in flights))
             await trio.sleep(0.01)
         assert peak == ORDERS_MAX
+        assert peak_bytes < FILLING_BYTES_MAX + PIECE_BYTES_MAX
         rig.reader.close(stream)
         rig.reader.close(handle)
 

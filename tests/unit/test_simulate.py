@@ -95,7 +95,7 @@ def test_what_is_read_at_random_is_completed_as_in_a_mount() -> None:
     """2,000 random reads profit, no byte comes twice, and one pass over a column costs what it cost."""
     trace = MADE["random-4k"][1]()
     with_fill, without = outcome(trace), outcome(trace, fill_bytes=0)
-    assert with_fill.elapsed_s < without.elapsed_s / 2
+    assert with_fill.elapsed_s < without.elapsed_s / 3
     assert without.fetched_bytes < with_fill.fetched_bytes <= 513 * MIB
     assert with_fill.p99_s < 2 * without.p99_s
     assert outcome(MADE["column-scan"][1]()) == outcome(MADE["column-scan"][1](), fill_bytes=0)
