@@ -12,7 +12,7 @@ from support.prefetch_rig import tree_of
 from valohai_fuse.engine.siblings import SiblingAhead
 from valohai_fuse.ports import Priority
 
-FILES = 300
+FILES = 200
 FILE_BYTES = 100 * 1024
 READ_BYTES = 32 * 1024
 LINE_BYTES_S = 125e6
@@ -90,7 +90,7 @@ def test_when_the_pattern_breaks_nothing_more_is_guessed() -> None:
 
         before = guesses()
         assert before > 20
-        for number in (250, 211, 290, 230):
+        for number in (150, 111, 190, 130):
             siblings.on_open(rig.inode(f"f{number}"))
         await trio.sleep(1)
         assert guesses() == before
