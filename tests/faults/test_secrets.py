@@ -11,16 +11,21 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from support.mounts import MountedSandbox, read_elsewhere, run_cli
+from support.mounts import MountedSandbox, read_elsewhere, run_cli, wait_until
+from support.processes import children
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.mount import table
+from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import ramp
 from valohai_fuse.sandbox.dataset import InputSpec, SandboxFile, SandboxInput
@@ -48,6 +53,7 @@ def sandbox(own_directories: Path) -> Iterator[Sandbox]:
         )
         for form in FORMS
     }
+    inputs["stream"] = SandboxInput([SandboxFile("long.bin", ramp(4_000_000))])
     query = f"?X-Amz-Signature={PLANTED['query']}"
     odd = {
         "password.bin": f"http://user:{PLANTED['password']}@127.0.0.1:1/k{query}",
@@ -83,9 +89,11 @@ def test_no_secret_leaves_the_programs(sandbox: Sandbox, monkeypatch: pytest.Mon
     ]
     with MountedSandbox(sandbox, options=options, expected_warnings=["."]) as mounted:
         _play(sandbox, root)
-        seen |= _said_by_commands(mounted, root)
-        seen |= _attributes(root)
         seen |= _processes(mounted)
+        seen |= _said_by_commands(mounted, root)
+        seen |= _said_without_a_mount(mounted)
+        seen |= _dumped(mounted)
+        seen |= _attributes(root)
         seen |= _answers(mounted)
         seen["mountinfo"] = "\n".join(map(str, table.entries()))
         seen |= _files(Path(sandbox.root), besides=[Path(sandbox.config_dir), root])
@@ -96,6 +104,10 @@ def test_no_secret_leaves_the_programs(sandbox: Sandbox, monkeypatch: pytest.Mon
     sandbox.assert_token_never_leaked()
     assert any("DEBUG" in text for text in seen.values()), "nothing was logged at DEBUG"
     assert sum("worker" in name for name in seen) >= 2, f"no worker was looked at: {sorted(seen)}"
+    for program in ("download", "run --fallback"):
+        of_workers = [name for name in seen if name.startswith(f"{program}: valohai_fuse.fetch.worker")]
+        assert of_workers, f"no worker of {program} was looked at: {sorted(seen)}"
+    assert any("memfd:" in text for text in seen.values()), "no descriptors were looked at"
     secrets = {sandbox.token, *PLANTED.values(), *minted}
     assert len(secrets) > 20
     leaks = [f"{name}: {_around(text, secret)}" for name, text in seen.items() for secret in secrets if secret in text]
@@ -138,6 +150,7 @@ def _play(sandbox: Sandbox, root: Path) -> None:
 
     secret = PLANTED["location"]
     echo = json.dumps({"detail": f"Execution-Token {sandbox.token} at http://h/x?token={PLANTED['body']}"})
+    read("stream/long.bin")
     for form in FORMS:
         read(f"{form}/0.bin")
     sandbox.expire_urls()
@@ -177,12 +190,77 @@ def _said_by_commands(mounted: MountedSandbox, root: Path) -> dict[str, str]:
         "doctor": ["doctor"],
         "mount again": ["mount", f"--root={root}"],
         "mount of nothing": ["mount", "no-such-input"],
+        "prefetch": ["prefetch", "--json", str(root / "gcs-v4"), str(root / "odd")],
+        "cache info": ["cache", "info"],
+        "cache info --json": ["cache", "info", "--json"],
+        "cache verify": ["cache", "verify"],
+        "cache export": ["cache", "export", "--to", f"{root}-exported"],
+        "cache prune": ["cache", "prune", "--to=1M", "--json"],
         "run": ["run", "--root", f"{root}-run", "--log-level=DEBUG", "--", "wc", f"{root}-run/s3-sigv4/0.bin"],
     }
     outcomes = {name: mounted.cli(*arguments) for name, arguments in asked.items()}
     return {name: outcome.stdout + outcome.stderr for name, outcome in outcomes.items() if name != "run"} | {
         "run": outcomes["run"].stderr
     }
+
+
+def _said_without_a_mount(mounted: MountedSandbox) -> dict[str, str]:
+    """What `download` and `run --fallback download` say and show while they fetch, from a store that is slow and fails."""
+    sandbox = mounted.sandbox
+    sandbox.store.faults.clear()
+    sandbox.api.faults.clear()
+    sandbox.expire_urls()
+    sandbox.store.faults.add(faults.status(403, f"<Code>No</Code>?sig={PLANTED['body']}"), path="s3-sigv2/3.bin")
+    python = [sys.executable, "-m", "valohai_fuse"]
+    places = [*mounted.places[:3], f"--cache-dir={sandbox.root}/cache-2", f"--runtime-dir={sandbox.root}/run-2"]
+    more = ["--log-level=DEBUG"]
+    fallback = [
+        *["setpriv", "--inh-caps=-sys_admin", "--bounding-set=-sys_admin", "--"],
+        *python,
+        "run",
+        *places,
+        *more,
+    ]
+    commands = {
+        "download": [*python, "download", *places, *more, "--to", f"{sandbox.root}/copies", "s3-sigv2", "odd"],
+        "run --fallback": [*fallback, "--fallback=download", f"--root={sandbox.root}/copies-2", "--", "true"],
+    }
+    seen: dict[str, str] = {}
+    for name, command in commands.items():
+        if name == "run --fallback" and os.geteuid() != 0:
+            pytest.skip("takes a capability away, which takes root")
+        sandbox.store.faults.add(faults.drip(10_000, 0.1), count=None)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            wait_until("it fetches", lambda pid=process.pid: b"fetch.worker" in _commands_below(pid), 20)  # type: ignore[misc]  # a default binds it
+            seen |= {f"{name}: {what}": text for what, text in _of_processes(_below(process.pid)).items()}
+            sandbox.store.faults.clear()
+            out, _ = process.communicate(timeout=60)
+        seen[name] = out
+    return seen
+
+
+def _below(top: int) -> set[int]:
+    """A process and all that it has started."""
+    found = [top]
+    for pid in found:
+        found += [child for child in children(pid) if child not in found]
+    return set(found)
+
+
+def _commands_below(top: int) -> bytes:
+    commands = []
+    for pid in _below(top):
+        with contextlib.suppress(OSError):
+            commands.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return b" ".join(commands)
+
+
+def _dumped(mounted: MountedSandbox) -> dict[str, str]:
+    """What SIGUSR1 writes into the log, in the middle of a read."""
+    (daemon,) = (record.pid for record in RuntimeDir(mounted.runtime_dir).records())
+    os.kill(daemon, signal.SIGUSR1)
+    wait_until("the dump is complete", lambda: "state: {" in mounted.log())
+    return {"log with a dump": mounted.log()}
 
 
 def _attributes(root: Path) -> dict[str, str]:
@@ -196,18 +274,32 @@ def _attributes(root: Path) -> dict[str, str]:
 
 def _processes(mounted: MountedSandbox) -> dict[str, str]:
     """What anybody (cmdline, comm) and their owner (environ) can see of the supervisor, the daemon and the workers."""
-    pids = set(mounted.daemon_pids())
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if entry.isdigit() and int(Path(f"/proc/{entry}/stat").read_text().rpartition(") ")[2].split()[1]) in pids:
-                pids.add(int(entry))
+    return _of_processes(set().union(*map(_below, mounted.daemon_pids())))
+
+
+def _of_processes(pids: set[int]) -> dict[str, str]:
     seen = {}
     for pid in pids:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        kind = command.split(" -m ")[-1].split()[0]
-        for file in ("cmdline", "environ", "comm", "status", "maps"):
-            seen[f"{kind} {pid} {file}"] = Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            kind = command.split(" -m ")[-1].split()[0]
+            for file in ("cmdline", "comm", "status", "maps", *(["environ"] if _is_ours(command) else [])):
+                seen[f"{kind} {pid} {file}"] = Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+            threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
+            seen[f"{kind} {pid} threads"] = " ".join(threads)
+            seen[f"{kind} {pid} descriptors"] = " ".join(map(_target, Path(f"/proc/{pid}/fd").iterdir()))
     return seen
+
+
+def _is_ours(command: str) -> bool:
+    """Whether we start it with an environment of ours: what a user's own shell has given to a command is the user's."""
+    return any(module in command for module in ("valohai_fuse.daemon", "valohai_fuse.supervisor", "fetch.worker"))
+
+
+def _target(link: Path) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
 
 
 def _answers(mounted: MountedSandbox) -> dict[str, str]:
@@ -217,6 +309,9 @@ def _answers(mounted: MountedSandbox) -> dict[str, str]:
         {"op": "status"},
         {"op": "info", "path": "odd/password.bin"},
         {"op": "info", "path": "x?sig=y"},
+        {"op": "prefetch", "id": "x", "paths": ["odd"]},
+        {"op": "prefetch_progress", "id": "x"},
+        {"op": "prefetch_cancel", "id": "x"},
         {"op": "?"},
     ]
     for path in Path(mounted.runtime_dir).glob("*.sock"):
