@@ -20,6 +20,7 @@ import shutil
 import signal
 import stat
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -73,6 +74,7 @@ RENEWAL_FAULTS: Final[dict[str, Fault]] = {
     "slow": faults.delay(0.5),
     "503": faults.throttled(),
 }
+SLOW: Final = RENEWAL_FAULTS["slow"].name
 REFUSING: Final = frozenset({"401", "expire in the body"})
 LOUD_EXPECTED: Final = (
     r"a fetch worker \(pid \d+\) died",
@@ -126,6 +128,7 @@ class MountMachine(RuleBasedStateMachine):
         """URLs were revoked at some time: those of inputs.json, which a new daemon begins with, are among them."""
         self.faults: list[Rule] = []
         self.api_faults: list[Rule] = []
+        self.api_was_away_until_s = 0.0
         self.reads_in_trouble = 0
         self.numbers = 0
 
@@ -158,10 +161,22 @@ class MountMachine(RuleBasedStateMachine):
 
     @property
     def may_be_refused(self) -> bool:
-        """Whether some URL that the daemon holds is refused while no renewal is possible."""
+        """Whether some URL that the daemon holds is refused while no renewal is possible, or one has failed and the next is not
+        due yet (`leases.FAILURE_PAUSES_S`, of which the longest are longer than a read here waits)."""
         return self.was_expired and (
-            not self.is_api_up or any(rule.hits < (rule.count or 0) for rule in self.api_faults)
+            not self.is_api_up
+            or any(rule.hits < (rule.count or 0) for rule in self.api_faults)
+            or self._last_renewal_failed
         )
+
+    @property
+    def _last_renewal_failed(self) -> bool:
+        """Whether the API has not answered well since it last answered badly or was away."""
+        exchanges = self.sandbox.api.exchanges()
+        if not exchanges:
+            return self.api_was_away_until_s > 0
+        last = exchanges[-1]
+        return last.at_s < self.api_was_away_until_s or last.status != 200 or last.fault not in {"", SLOW}
 
     def _try(self, op: str, **arguments: Any) -> tuple[Any, int]:
         """The value or bytes of a step and 0, or None and its errno."""
@@ -206,10 +221,11 @@ class MountMachine(RuleBasedStateMachine):
         """Size, mode, link count and inode number, for ever the same."""
         if name in OF_UNKNOWN_SIZE and not self._spend(name):
             return
+        allowed = self._allowed(name)  # before the step: faults that it uses up have happened to it
         found, failed = self._try("stat", path=self._path(name))
         if failed:
             assert name in OF_UNKNOWN_SIZE, os.strerror(failed)
-            assert failed in self._allowed(name), os.strerror(failed)
+            assert failed in allowed, os.strerror(failed)
             return
         mode, size, links, inode = found
         assert (stat.S_ISREG(mode), stat.S_IMODE(mode), links) == (True, 0o444, 1)
@@ -241,9 +257,10 @@ class MountMachine(RuleBasedStateMachine):
             return
         self.numbers += 1
         handle = f"h{self.numbers}"
+        allowed = self._allowed(name)
         _, failed = self._try("open", name=handle, path=self._path(name), direct=direct)
         if failed:
-            assert failed in self._allowed(name), os.strerror(failed)
+            assert failed in allowed, os.strerror(failed)
             return
         self.handles[handle] = _Open(name, set(range(len(self.objects[name].versions))))
 
@@ -289,9 +306,10 @@ class MountMachine(RuleBasedStateMachine):
         length = data.draw(st.one_of(st.integers(1, 5000), st.integers(1, 700_000), st.just(size)))
         if not opened.is_dead and not self._spend(opened.name):
             return
+        allowed = self._allowed(opened.name)
         got, failed = self._try(how, name=handle, start=start, size=length)
         if failed:
-            self._check_errno(opened, failed, mapped=how == "mmap")
+            self._check_errno(opened, failed, allowed, mapped=how == "mmap")
             return
         matching = {
             number
@@ -302,8 +320,8 @@ class MountMachine(RuleBasedStateMachine):
         if got and start < size:
             opened.versions = matching
 
-    def _check_errno(self, opened: _Open, failed: int, *, mapped: bool) -> None:
-        allowed = self._allowed(opened.name) | ({errno.EFAULT} if mapped and self._allowed(opened.name) else set())
+    def _check_errno(self, opened: _Open, failed: int, allowed: set[int], *, mapped: bool) -> None:
+        allowed = allowed | ({errno.EFAULT} if mapped and allowed else set())
         if opened.is_dead:
             allowed |= {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.EFAULT}
         assert failed in allowed, (
@@ -331,6 +349,7 @@ class MountMachine(RuleBasedStateMachine):
         if up != self.is_api_up:
             (self.sandbox.start_api if up else self.sandbox.stop_api)()
             self.is_api_up = up
+            self.api_was_away_until_s = time.monotonic()
 
     @rule(up=st.booleans())
     def store(self, up: bool) -> None:
