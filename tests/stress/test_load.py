@@ -18,7 +18,7 @@ from stress.load import crowd, memory_bytes, metrics, recover, start
 from support import at_rest
 from support.mounts import MountedSandbox, MountInputs, read_elsewhere, wait_until
 from support.prober import Prober
-from support.processes import daemon_pid
+from support.processes import daemon_pid, run_queue_wait_s
 from valohai_fuse.model.retry import FRESH_URL_S
 from valohai_fuse.mount import kernel
 from valohai_fuse.sandbox import faults
@@ -62,8 +62,9 @@ def assert_at_rest(mounted: MountedSandbox, timeout_s: float = 45.0) -> None:
 
 @size_of(short=500, full=5000)
 def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: MountInputs, size: int) -> None:
-    """5,000 reads wait for a store that does not answer: stat and ls of names that nobody asked for before stay under 100 ms;
-    when the store is back every read gets its bytes, and nothing is left."""
+    """5,000 reads wait for a store that does not answer: stat and ls of names that nobody asked for before stay under 100 ms,
+    99 of 100 whatever the machine does, and each of them but for what it waited for a processor. When the store is back every
+    read gets its bytes, and nothing is left."""
     names = {f"d{i}/{j}.txt": b"x" for i in range(40) for j in range(10)}
     big = BLOCK * (size + 64)
     mounted = mount_inputs(
@@ -81,13 +82,21 @@ def test_stat_and_ls_stay_fast_while_thousands_of_reads_wait(mount_inputs: Mount
             assert process.stdout.readline() == "up\n"
         in_the_daemon = min(size, kernel.MAX_BACKGROUND) * 0.95  # the others wait in the kernel
         wait_until("they wait", lambda: metrics(mounted)["requests_under_way"] >= in_the_daemon, 60)
-        took_s = []
-        for i in range(40):
-            for op, name in [("listdir", f"d{i}"), *(("stat", f"d{i}/{j}.txt") for j in range(10))]:
-                began_s = time.monotonic()
-                prober.ask(op, path=str(mounted.path("data", name)))
-                took_s.append(time.monotonic() - began_s)
+        # Not both of one directory: what a listing has brought is answered by the kernel.
+        steps = [("listdir", f"d{i}") for i in range(0, 40, 2)]
+        steps += [("stat", f"d{i}/{j}.txt") for i in range(1, 40, 2) for j in range(10)]
+        at_work = (prober.pid, daemon_pid(mounted, "data"), os.getpid())
+        took_s, own_s = [], []
+        for op, name in steps:
+            queued_s, began_s = run_queue_wait_s(*at_work), time.monotonic()
+            prober.ask(op, path=str(mounted.path("data", name)))
+            took_s.append(time.monotonic() - began_s)
+            own_s.append(took_s[-1] - (run_queue_wait_s(*at_work) - queued_s))
+        print(
+            f"{size} reads wait: median {statistics.median(took_s):.4f} s, longest {max(took_s):.4f}, own {max(own_s):.4f}"
+        )
         assert statistics.quantiles(took_s, n=100)[98] < PATIENCE_S, sorted(took_s)[-5:]
+        assert max(own_s) < PATIENCE_S, sorted(own_s)[-5:]
         assert stall.hits > 0
         recover(mounted)
         for process in processes:

@@ -27,6 +27,11 @@ class Prober:
         )
         self._received = bytearray()
 
+    @property
+    def pid(self) -> int:
+        """The process that waits for the mount."""
+        return self._process.pid
+
     def ask(self, op: str, **arguments: Any) -> Any:
         """The value or the bytes of a step (see `probe_process.act`). Raises OSError with its errno; HangingError."""
         assert self._process.stdin is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def children(pid: int) -> list[int]:
 def workers(daemon: int) -> list[int]:
     """The fetch workers of a daemon."""
     return [pid for pid in children(daemon) if b"fetch.worker" in _command(pid)]
+
+
+def run_queue_wait_s(*pids: int) -> float:
+    """How long the main threads of these have been ready to run while others had the processors, since they started: what a busy
+    machine adds to whatever they do. 0 where the kernel does not count it."""
+    waited_ns = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError):
+            waited_ns += int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text(encoding="ascii").split()[1])
+    return waited_ns / 1e9
 
 
 def _command(pid: int) -> bytes:
