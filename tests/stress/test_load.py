@@ -163,23 +163,29 @@ def test_many_processes_read_while_things_go_wrong(mount_inputs: MountInputs, si
     dice = random.Random(251)
     seed = dice.randrange(10**9)
     with crowd([start("checking", seconds, seed + n, *pairs) for n in range(count)], mounted) as processes:
-        _sprinkle(mounted, dice, processes)
+        happened = _sprinkle(mounted, dice, processes)
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [out for process, out in zip(processes, outputs, strict=True) if process.returncode] == []
-    assert sum(int(out.split()[0]) for out in outputs) > count
+    reads, compared = (sum(int(out.split()[n]) for out in outputs) for n in (0, 1))
+    print(
+        f"{count} processes, {seconds:g} s: {reads} reads, {compared} bytes compared, {happened} faults, {metrics(mounted)}"
+    )
+    assert reads > count
+    assert happened > seconds / 4, "hardly anything went wrong"
     assert metrics(mounted)["read_errors"] == 0
     assert_at_rest(mounted)
 
 
-def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> None:
-    """Faults, expiries and evictions until the readers have ended."""
+def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subprocess.Popen[str]]) -> int:
+    """Faults, expiries and evictions until the readers have ended; how many faults happened."""
+    happened = 0
     expiry_s = time.monotonic() + FIRST_EXPIRY_S
     faulty = mounted.sandbox.store.faults
     last = faulty.add(TRANSIENT[0])
     while any(process.poll() is None for process in processes):
-        if last.hits >= (
-            last.count or 0
-        ):  # one at a time: a heap of them would be an outage, and one kind again and again no accident
+        # One at a time: a heap of them would be an outage, and one kind again and again no accident.
+        if last.hits >= (last.count or 0):
+            happened += last.hits
             last = faulty.add(
                 dice.choice([fault for fault in TRANSIENT if fault is not last.fault]), count=dice.randrange(1, 3)
             )
@@ -191,6 +197,7 @@ def _sprinkle(mounted: MountedSandbox, dice: random.Random, processes: list[subp
             if segments:
                 dice.choice(segments).unlink(missing_ok=True)
         _pause(0.15)
+    return happened
 
 
 def _pause(seconds: float) -> None:

@@ -40,7 +40,7 @@ _OF_A_DAEMON: Final = (
     (r"pipe:\[\d+\]", 2),
     (r"/dev/fuse", 1),
     (r"/proc/\d+/task/\d+/schedstat", 1),
-    (r".*/cache[^/]*/v1/claims", 1),
+    (r".*/cache[^/]*/v1/claims( \(deleted\))?", 1),
     (r".*/cache[^/]*/v1/[0-9a-f]{2}/[0-9a-f]+\.[0-9a-f]+( \(deleted\))?", DESCRIPTORS_MAX),  # kept at hand
     (rf"{_MEMORY}.*", SEGMENTS_IN_MEMORY_MAX),
     (r".*/#\d+ \(deleted\)", 1),  # what the manifest was spooled to
