@@ -210,6 +210,34 @@ def test_an_ordinary_user_needs_leave_to_let_others_in(sandbox: Sandbox) -> None
     assert "hint: add user_allow_other to /etc/fuse.conf" in done.stderr
 
 
+def test_an_ordinary_user_runs_a_command_beside_what_is_roots(sandbox: Sandbox) -> None:
+    """`run` through fusermount3 where root has mounted before: root's runtime directory and cache are refused with what to do, and
+    stay shut; with directories of one's own CMD reads, its status is kept, and nothing stays mounted."""
+    done = elsewhere(
+        ANYONES_FUSE
+        + 'vf mount; cat "$INPUTS/data/a.txt"; vf unmount\n'
+        + 'vf_as_nobody run -- true; echo "in the runtime directory of root $?"\n'
+        + 'vf_as_nobody status --json; echo "status $?"\n'
+        + 'vf_as_nobody run --runtime-dir "$OWN/run" -- true; echo "over the cache of root $?"\n'
+        + 'vf_as_nobody run --runtime-dir "$OWN/run" --cache-dir "$OWN/cache" -- '
+        + 'sh -c \'cat "$INPUTS/data/a.txt"; exit 7\'; echo "run $?"\n'
+        + 'grep -c "$INPUTS.*fuse.valohai" /proc/self/mountinfo\n'
+        + 'stat -c "%u %a" "$CACHE" "$ROOT/run"\n',
+        sandbox,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == HEAD.strip()
+    assert "in the runtime directory of root 3" in lines, done
+    assert "over the cache of root 3" in lines, done
+    assert "run 7" in lines, done
+    assert lines.count(HEAD.strip()) == 2, done
+    assert lines[-3:] == ["0", "0 700", "0 700"], done
+    assert "belongs to somebody else" in done.stderr
+    assert "hint: name another with --runtime-dir" in done.stderr
+    assert "hint: whoever owns it could change what you read; choose a --cache-dir of your own" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_fusermount3_an_ordinary_user_is_told_what_to_install(sandbox: Sandbox) -> None:
     """Exit code 4 from `mount` and `doctor`, naming what is missing; the same when it is there and not setuid."""
     program = shutil.which("fusermount3")
