@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.mounts import MountInputs, read_elsewhere
+from support.mounts import GIVEN_UP, MountInputs, read_elsewhere
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, ramp
 
@@ -57,7 +57,7 @@ def test_a_write(mount_inputs: MountInputs) -> None:
 @pytest.mark.parametrize("code", [404, 410])
 def test_an_object_that_is_gone(code: int, mount_inputs: MountInputs) -> None:
     """The store says 404 or 410: the read fails with EIO, and the next open with ENOENT."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     mounted.sandbox.store.faults.add(faults.status(code), count=ALWAYS)
     with fails_with(errno.EIO):
         read_elsewhere(mounted.path("data", "a.bin"))
@@ -67,7 +67,7 @@ def test_an_object_that_is_gone(code: int, mount_inputs: MountInputs) -> None:
 
 def test_access_that_stays_refused(mount_inputs: MountInputs) -> None:
     """Access refused after one renewal: EACCES, after exactly one POST."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     mounted.sandbox.store.faults.add(faults.denied(), count=ALWAYS)
     with fails_with(errno.EACCES):
         read_elsewhere(mounted.path("data", "a.bin"))
@@ -76,7 +76,7 @@ def test_access_that_stays_refused(mount_inputs: MountInputs) -> None:
 
 def test_a_dead_token(mount_inputs: MountInputs) -> None:
     """The URLs are dead and the execution's token too: EACCES."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     mounted.sandbox.expire_urls()
     mounted.sandbox.api.faults.add(faults.status(401), count=ALWAYS)
     with fails_with(errno.EACCES):
@@ -86,7 +86,7 @@ def test_a_dead_token(mount_inputs: MountInputs) -> None:
 def test_an_object_that_changes_while_it_is_read(mount_inputs: MountInputs) -> None:
     """The ETag is not what it was: ESTALE, and never bytes of two versions."""
     size = 200_000_000
-    mounted = mount_inputs({"data": {"a.bin": ramp(size)}}, options=("--readahead=0",), expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(size)}}, options=("--readahead=0",), expected_warnings=GIVEN_UP)
     with open(mounted.path("data", "a.bin"), "rb", buffering=0) as file:
         assert file.read(100) == mounted.sandbox.expected_bytes("data", "a.bin", 0, 100)
         mounted.sandbox.replace_object("data", "a.bin", Ramp(size, shift=7))
@@ -96,7 +96,7 @@ def test_an_object_that_changes_while_it_is_read(mount_inputs: MountInputs) -> N
 
 def test_an_object_that_is_smaller_than_it_was(mount_inputs: MountInputs) -> None:
     """The size is not what inputs.json says: ESTALE, never a short read."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     mounted.sandbox.replace_object("data", "a.bin", ramp(SIZE_BYTES - 1))
     with fails_with(errno.ESTALE):
         read_elsewhere(mounted.path("data", "a.bin"))
@@ -105,7 +105,7 @@ def test_an_object_that_is_smaller_than_it_was(mount_inputs: MountInputs) -> Non
 def test_a_store_that_stays_away(mount_inputs: MountInputs) -> None:
     """A read ends within --read-timeout, then ETIMEDOUT; `ls` and `stat` stay fast meanwhile."""
     mounted = mount_inputs(
-        {"data": {"a.bin": ramp(SIZE_BYTES)}}, options=("--read-timeout=3",), expected_warnings=(".",)
+        {"data": {"a.bin": ramp(SIZE_BYTES)}}, options=("--read-timeout=3",), expected_warnings=GIVEN_UP
     )
     mounted.sandbox.stop_store()
     began = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_store_that_stays_away(mount_inputs: MountInputs) -> None:
 
 def test_a_redirect_to_a_file(mount_inputs: MountInputs) -> None:
     """Nothing makes it read outside the stores: a redirect to file: is EIO."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     mounted.sandbox.store.faults.add(faults.redirect_to("file:///etc/passwd"), count=ALWAYS)
     with fails_with(errno.EIO):
         read_elsewhere(mounted.path("data", "a.bin"))
@@ -127,7 +127,7 @@ def test_a_redirect_to_a_file(mount_inputs: MountInputs) -> None:
 
 def test_what_a_reader_never_notices(mount_inputs: MountInputs) -> None:
     """Resets, cuts, 503, a wrong range, expired URLs and a store that is away for a moment cost time, not bytes."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=(".",))
+    mounted = mount_inputs({"data": {"a.bin": ramp(SIZE_BYTES)}}, expected_warnings=GIVEN_UP)
     script = mounted.sandbox.store.faults
     for number, fault in enumerate(
         [
