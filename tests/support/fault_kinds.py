@@ -190,7 +190,7 @@ def _answer_lacks(_: Surroundings) -> Fault:
 
 
 API_KINDS: tuple[FaultKind, ...] = (
-    _retried("down", lambda _: faults.refuse_connections(0.2), alone=True),
+    _kind("down", lambda _: faults.refuse_connections(0.2), RIGHT, LATE, alone=True, lengthy=True),
     _retried("hang-up", lambda _: faults.hang_up()),
     _retried("reset", lambda _: faults.reset_after(0)),
     _retried("reset in mid-answer", lambda _: faults.reset_after(50)),
