@@ -338,7 +338,8 @@ def test_a_read_only_root_file_system(sandbox: Sandbox) -> None:
         'vf mount --runtime-dir "$OWN/run" --root "$OWN/inputs"; echo "root $?"\n'
         'cat "$OWN/inputs/data/a.txt"; cksum < "$OWN/inputs/data/d/b.bin"\n'
         'cat "$OWN"/run/*.log >&2\n'
-        'vf unmount --runtime-dir "$OWN/run" --all; echo "unmount $?"\n',
+        'vf unmount --runtime-dir "$OWN/run" --all; echo "unmount $?"\n'
+        'vf run --runtime-dir "$OWN/run" --root "$OWN/inputs" -- cat "$OWN/inputs/data/a.txt"; echo "run $?"\n',
         sandbox,
     )
     data = sandbox.expected_bytes("data", "d/b.bin")
@@ -351,6 +352,8 @@ def test_a_read_only_root_file_system(sandbox: Sandbox) -> None:
         HEAD.strip(),
         checksum,
         "unmount 0",
+        HEAD.strip(),
+        "run 0",
     ], done
     assert "hint: name another with --runtime-dir" in done.stderr
     assert "cannot make the mount point" in done.stderr
