@@ -316,7 +316,7 @@ def test_nothing_secret_in_the_command_line(tmp_path: Path) -> None:
 
 
 def test_workers_follow_the_load(tmp_path: Path) -> None:
-    """One worker for one order; more when there is work for them; idle ones go, all but one."""
+    """One worker for one order; more when there is work for them; idle ones go, the last one later; and it starts again."""
 
     async def scenario() -> None:
         async with rig(tmp_path, workers=3, idle_s=0.2) as r:
@@ -334,6 +334,11 @@ def test_workers_follow_the_load(tmp_path: Path) -> None:
             await r.metrics.wait_gauge("workers", 1)
             assert r.pool.statistics().workers == 1
             await r.fetch(r.order())
+            await r.metrics.wait_gauge("workers", 0)
+            r.pool.prewarm()
+            assert len(r.pool.worker_pids) == 1
+            await r.fetch(r.order())
+            assert r.metrics.counters["workers_lost"] == 0
 
     trio.run(scenario)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -75,11 +75,11 @@ def test_an_idle_loop_is_not_looked_at_and_its_stall_is_seen_all_the_same(
     looks: list[float] = []
     wait = signal.sigtimedwait
 
-    def noted(signals: Iterable[int], seconds: float) -> signal.struct_siginfo | None:
+    def counted(signals: set[signal.Signals], seconds: float) -> signal.struct_siginfo | None:
         looks.append(seconds)
         return wait(signals, seconds)
 
-    monkeypatch.setattr(signal, "sigtimedwait", noted)
+    monkeypatch.setattr(signal, "sigtimedwait", counted)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:

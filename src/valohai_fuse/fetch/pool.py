@@ -3,7 +3,7 @@
 Demand overtakes: of `connections` requests under way at the most, a quarter (two at least) is never given to AHEAD orders,
 so that a reader never waits behind a guess. Orders go where a connection to their store lies idle, unless that worker has
 clearly more to do than another. Workers start with the first order and as load calls for them; those that stay idle are
-closed, all but one.
+closed, the last one later than the others.
 
 What a reader waits for and a store answers much later than its peers is asked for once more, on another connection, within
 the bounds of `model.hedge`; the worker says what is late, for it knows when the request was on the wire.
@@ -40,6 +40,8 @@ _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
 _WARM_BONUS = 4
 """How many more orders a worker may have under way than another and still get one for its idle connection."""
+_LAST_PATIENCE = 5
+"""How many times as long the last worker may be idle as the others. By then its connections are of no use either."""
 _HOSTS_MAX = 64
 """Of so many hosts it is known how soon they answer."""
 
@@ -101,7 +103,7 @@ class WorkerPool:
         self._requests = 0
         self._connections_new = 0
         self._nursery: trio.Nursery | None = None
-        self._several_workers = trio.Event()
+        self._workers_run = trio.Event()
         self._prewarmed = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -120,8 +122,8 @@ class WorkerPool:
                     queue.pop(0).end(lost("the pool is closed"))
 
     def prewarm(self) -> None:
-        """Starts the first worker, so that the first order does not wait for one (70 ms and more). Once: where that fails, the
-        orders will say so, not whoever asks for this again and again."""
+        """Starts the first worker, so that the first order does not wait for one (70 ms and more). Once until idleness has ended
+        the last: where that fails, the orders will say so, not whoever asks for this again and again."""
         if not self._prewarmed:
             self._prewarmed = True
             if not self._workers:
@@ -406,8 +408,7 @@ class WorkerPool:
         self._workers.append(worker)
         self._metrics.count("workers_started")
         self._metrics.gauge("workers", len(self._workers))
-        if len(self._workers) > 1:
-            self._several_workers.set()
+        self._workers_run.set()
         self._nursery.start_soon(self._serve, worker)
 
     async def _serve(self, worker: Worker) -> None:
@@ -428,18 +429,20 @@ class WorkerPool:
             self._leave(leg, lost("the worker process died"))
 
     async def _retire_idle_workers(self) -> None:
-        """Closes what has been idle for long; sleeps for good while there is only one worker."""
+        """Closes what has been idle for long, the last one later than the others; sleeps for good while there is none."""
         while True:
-            await self._several_workers.wait()
+            await self._workers_run.wait()
             await trio.sleep(self._idle_s / 2)
-            idle_before_s = trio.current_time() - self._idle_s
-            for worker in [w for w in self._workers if not w.legs and w.idle_since_s <= idle_before_s]:
-                if len(self._workers) > 1:
+            now_s = trio.current_time()
+            for worker in [w for w in self._workers if not w.legs]:
+                is_last = len(self._workers) == 1
+                if now_s - worker.idle_since_s >= self._idle_s * (_LAST_PATIENCE if is_last else 1):
                     self._workers.remove(worker)
                     worker.process.close()
+                    self._prewarmed = self._prewarmed and not is_last
             self._metrics.gauge("workers", len(self._workers))
-            if len(self._workers) <= 1:
-                self._several_workers = trio.Event()
+            if not self._workers:
+                self._workers_run = trio.Event()
 
 
 @contextlib.asynccontextmanager

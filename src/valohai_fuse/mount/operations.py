@@ -187,6 +187,7 @@ class Operations(pyfuse3.Operations):
             descriptor = await trio.to_thread.run_sync(self._open_local, self._tree.path(own))
             opened = _LocalHandle(descriptor, self._tree.size(own) or 0)
         else:
+            self._get_ready()  # what was started may have ended for idleness, and the kernel does not look a name up twice
             if self._tree.size(own) is None:
                 await self._sizing.wait_known(own)
             handle, keep_cache = self._reader.open(own)
