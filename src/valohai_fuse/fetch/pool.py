@@ -259,9 +259,10 @@ class WorkerPool:
         worker.process.post(framed)
 
     def _hedge(self, ticket: Ticket) -> None:
-        """Asks once more for what has not landed of a late ticket, unless nobody waits for it or a bound forbids it. Never
-        more than once, and without an end to its patience: the worker that says late again finds it hedged."""
-        if not ticket.is_wanted or ticket.is_hedged or self._active >= self._connections or self._nursery is None:
+        """Asks once more for what has not landed of a late ticket, unless nobody waits for it or a bound forbids it; what is
+        forbidden now may be allowed when the worker says late again. Never more than one."""
+        is_worth_it = ticket.is_wanted and not ticket.is_hedged and ticket.upto < ticket.order.extent.stop
+        if not is_worth_it or self._active >= self._connections or self._nursery is None:
             return
         worker = self._choose(ticket.origin)
         if worker is None or not self._host(ticket.origin).take(trio.current_time()):
