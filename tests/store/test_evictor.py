@@ -16,6 +16,7 @@ from valohai_fuse.ports import ABSENT, NotHere, ObjectKey
 from valohai_fuse.store import evictor
 from valohai_fuse.store.evictor import Evictor, Pass
 from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import SegmentStore
 
 SIZE = 4 * BLOCK_BYTES
@@ -162,6 +163,32 @@ def test_no_locks_on_this_file_system(store: SegmentStore, cache: str, monkeypat
 
 def test_a_directory_that_is_gone_is_no_excess(tmp_path: Path) -> None:
     assert Evictor(str(tmp_path / "none"), Budget(bytes_max=1)).run_pass() == Pass()
+
+
+def test_a_pass_that_knows_what_it_wants_looks_once(
+    store: SegmentStore, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound that was lowered takes a second look; what landed since is known beforehand."""
+    looks: list[str] = []
+    real = evictor.scan
+
+    def noted(cache_dir: str) -> Iterator[Segment]:
+        looks.append(cache_dir)
+        return real(cache_dir)
+
+    monkeypatch.setattr(evictor, "scan", noted)
+    budget = Budget(bytes_max=8 * ON_DISK)
+    room = Room(cache, budget)
+    watched = Evictor(cache, budget, room=room)
+    assert watched.run_pass().evicted_segments == 3, "an eighth of the bound is slack"
+    assert len(looks) == 2
+    assert room.reserve(ON_DISK)
+    land(store, ObjectKey("datum:new", SIZE))
+    room.release(ON_DISK)
+    assert watched.run_pass().evicted_segments == 1
+    assert len(looks) == 3
+    assert kept(cache) == [4, 5, 6, 7, 8, 9]
+    room.close()
 
 
 def test_it_runs_until_cancelled(store: SegmentStore, cache: str) -> None:

@@ -14,6 +14,7 @@ from valohai_fuse.store import upkeep
 from valohai_fuse.store.export import export
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.upkeep import Holding
 
 SIZE = SEGMENT_BYTES + 3 * BLOCK_BYTES + 777
 KEYS = [ObjectKey(f"datum:{n}", SIZE) for n in range(3)]
@@ -60,6 +61,35 @@ def test_the_survey_sees_what_is_there(store: SegmentStore, cache: str) -> None:
     assert sum(one.blocks for one in held) == 3 * (128 + 4)
     assert sum(one.file.bytes_on_disk for one in held) == 3 * ON_DISK
     assert {one.header.stable_id for one in held if one.header} == {b"datum:0", b"datum:1", b"datum:2"}
+
+
+@pytest.mark.parametrize("alone_max", [0, 10**9])
+def test_a_summary_is_the_survey_summed_up(
+    store: SegmentStore, cache: str, monkeypatch: pytest.MonkeyPatch, alone_max: int
+) -> None:
+    """By one process as by several; of single objects only those that were asked for."""
+    monkeypatch.setattr(upkeep, "_ALONE_MAX", alone_max)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    held = list(upkeep.survey(cache))
+    wanted = held[0].digest_hex
+    found = upkeep.summarize(cache, {wanted, "0" * 40})
+    assert (found.segments, found.objects) == (len(held), len({one.digest_hex for one in held}))
+    assert found.total.blocks == sum(one.blocks for one in held)
+    assert found.total.content_bytes == sum(one.content_bytes for one in held)
+    assert found.total.bytes_on_disk == sum(one.file.bytes_on_disk for one in held)
+    assert (found.used_first_ns, found.used_last_ns) == (
+        min(one.file.used_at_ns for one in held),
+        max(one.file.used_at_ns for one in held),
+    )
+    assert found.of == {wanted: Holding(132, SIZE, ON_DISK)}
+
+
+def test_looking_leaves_no_descriptor_behind(store: SegmentStore, cache: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    looking = upkeep.survey(cache)
+    next(looking)
+    looking.close()  # type: ignore[attr-defined]  # a generator
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_sound_cache_verifies(store: SegmentStore, cache: str) -> None:

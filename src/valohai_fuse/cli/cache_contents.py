@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from valohai_fuse.errors import ConfigurationError
@@ -20,50 +19,37 @@ from valohai_fuse.settings import Settings
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.store.export import export as export_object
 from valohai_fuse.store.segments import SegmentStore
-from valohai_fuse.store.upkeep import survey
-
-
-@dataclass(slots=True)
-class _Holding:
-    """What the cache has of one object."""
-
-    blocks: int = 0
-    content_bytes: int = 0
-    bytes_on_disk: int = 0
+from valohai_fuse.store.upkeep import Holding, summarize
 
 
 def gather(settings: Settings, cache_dir: str) -> dict[str, Any]:
     """The answer of `cache info --json`."""
-    objects: dict[str, _Holding] = {}
-    segments = blocks = content = on_disk = 0
-    used_ns: list[int] = []
-    for held in survey(cache_dir):
-        holding = objects.setdefault(held.digest_hex, _Holding())
-        holding.blocks += held.blocks
-        holding.content_bytes += held.content_bytes
-        holding.bytes_on_disk += held.file.bytes_on_disk
-        segments += 1
-        blocks += held.blocks
-        content += held.content_bytes
-        on_disk += held.file.bytes_on_disk
-        used_ns = [min([*used_ns[:1], held.file.used_at_ns]), max([*used_ns[1:], held.file.used_at_ns])]
+    inputs = {
+        name: [(_digest_hex(key), key.size) for key in files] for name, files in _files_by_input(settings).items()
+    }
+    found = summarize(cache_dir, {digest_hex for files in inputs.values() for digest_hex, _ in files})
     disk = os.statvfs(cache_dir)
+    now_s = time.time()
     return {
         "cache_dir": cache_dir,
-        "segments": segments,
-        "objects": len(objects),
-        "blocks": blocks,
-        "content_bytes": content,
-        "bytes_on_disk": on_disk,
+        "segments": found.segments,
+        "objects": found.objects,
+        "blocks": found.total.blocks,
+        "content_bytes": found.total.content_bytes,
+        "bytes_on_disk": found.total.bytes_on_disk,
         "bytes_max": settings.cache_max_size or None,
         "min_free": settings.cache_min_free,
         "free_bytes": disk.f_bavail * disk.f_frsize,
         "capacity_bytes": disk.f_blocks * disk.f_frsize,
-        "used_first_s": time.time() - used_ns[0] / 1e9 if used_ns else None,
-        "used_last_s": time.time() - used_ns[1] / 1e9 if used_ns else None,
+        "used_first_s": now_s - found.used_first_ns / 1e9 if found.segments else None,
+        "used_last_s": now_s - found.used_last_ns / 1e9 if found.segments else None,
         "hit_rate": _hit_rate(settings),
-        "inputs": _of_inputs(settings, objects),
+        "inputs": [_of_input(name, files, found.of) for name, files in inputs.items()],
     }
+
+
+def _digest_hex(key: ObjectKey) -> str:
+    return segment.object_digest(key.stable_id, key.size).hex()
 
 
 def _hit_rate(settings: Settings) -> float | None:
@@ -79,19 +65,19 @@ def _hit_rate(settings: Settings) -> float | None:
     return hits / (hits + misses) if hits + misses else None
 
 
-def _of_inputs(settings: Settings, objects: dict[str, _Holding]) -> list[dict[str, Any]]:
+def _files_by_input(settings: Settings) -> dict[str, list[ObjectKey]]:
+    """The files whose size is known; the others' names in the cache are not known either."""
     try:
         manifest = manifest_file.load(settings.config_dir)
     except ConfigurationError:
-        return []  # a host that keeps the cache of many executions need not be inside of one
+        return {}  # a host that keeps the cache of many executions need not be inside of one
     try:
-        return [_of_input(name, files, objects) for name, files in _by_input(manifest).items()]
+        return _by_input(manifest)
     finally:
         manifest.close()
 
 
 def _by_input(manifest: Manifest) -> dict[str, list[ObjectKey]]:
-    """The files whose size is known; the others' names in the cache are not known either."""
     found: dict[str, list[ObjectKey]] = {}
     for index in range(len(manifest)):
         size = manifest.size(index)
@@ -102,17 +88,23 @@ def _by_input(manifest: Manifest) -> dict[str, list[ObjectKey]]:
     return found
 
 
-def _of_input(name: str, files: list[ObjectKey], objects: dict[str, _Holding]) -> dict[str, Any]:
-    nothing = _Holding()
-    held = [objects.get(segment.object_digest(key.stable_id, key.size).hex(), nothing) for key in files]
+def _of_input(name: str, files: list[tuple[str, int]], objects: dict[str, Holding]) -> dict[str, Any]:
+    """`files`: digest and size of each."""
+    held = Holding()
+    files_cached = 0
+    for digest_hex, size in files:
+        holding = objects.get(digest_hex)
+        if holding is not None:
+            held.add(holding)
+        files_cached += holding is not None and holding.content_bytes >= size if size else 1
     return {
         "input": name,
         "files": len(files),
-        "size": sum(key.size for key in files),
-        "files_cached": sum(holding.content_bytes >= key.size for key, holding in zip(files, held, strict=True)),
-        "blocks": sum(holding.blocks for holding in held),
-        "content_bytes": sum(holding.content_bytes for holding in held),
-        "bytes_on_disk": sum(holding.bytes_on_disk for holding in held),
+        "size": sum(size for _, size in files),
+        "files_cached": files_cached,
+        "blocks": held.blocks,
+        "content_bytes": held.content_bytes,
+        "bytes_on_disk": held.bytes_on_disk,
     }
 
 

@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -61,20 +61,30 @@ class Pass:
 
 
 def scan(cache_dir: str) -> Iterator[Segment]:
-    """All segment files below `cache_dir`, in no order; names are relative to the format's directory.
+    """All segment files below `cache_dir`, in no order; names are relative to the format's directory. Some 5 us each.
 
     What vanishes meanwhile, or cannot be looked at, is left out. Files that are not ours are never named.
     """
+    for fan_out in fan_outs(cache_dir):
+        yield from scan_fan_out(cache_dir, fan_out)
+
+
+def fan_outs(cache_dir: str) -> list[str]:
+    """The directories in the format's directory that hold segments. All segments of one object are in the same."""
     home = os.path.join(cache_dir, FORMAT_DIRECTORY)
-    for fan_out in _entries(home):
-        if not _FAN_OUT.fullmatch(fan_out.name):
-            continue
-        for entry in _entries(fan_out.path):
-            if _NAME.fullmatch(entry.name):
-                with contextlib.suppress(OSError):
-                    found = entry.stat(follow_symlinks=False)
-                    name = f"{fan_out.name}/{entry.name}"
-                    yield Segment(found.st_mtime_ns, name, found.st_blocks * _SECTOR_BYTES)
+    return [entry.name for entry in _entries(home) if _FAN_OUT.fullmatch(entry.name)]
+
+
+def scan_fan_out(cache_dir: str, fan_out: str) -> Iterator[Segment]:
+    """As `scan`, one of `fan_outs`."""
+    is_name = _NAME.fullmatch
+    for entry in _entries(os.path.join(cache_dir, FORMAT_DIRECTORY, fan_out)):
+        if is_name(entry.name):
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            yield Segment(found.st_mtime_ns, f"{fan_out}/{entry.name}", found.st_blocks * _SECTOR_BYTES)
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:
@@ -104,22 +114,39 @@ def evict(cache_dir: str, candidate: Segment) -> bool:
     return True
 
 
-def choose(found: Iterator[Segment], wanted_bytes: int, in_use: AbstractSet[str]) -> list[Segment]:
-    """The least recently used, oldest first; those in use come last and only where the others are not enough."""
-    idle, busy = Oldest(wanted_bytes), []
-    for candidate in found:
-        if candidate.name in in_use:
-            busy.append(candidate)
+class _Candidates:
+    """What could go of all that is offered, as long as no more than `bytes_max` are to go."""
+
+    def __init__(self, bytes_max: int, in_use: AbstractSet[str]) -> None:
+        self._idle = Oldest(bytes_max)
+        self._in_use = in_use
+        self._busy: list[Segment] = []
+
+    def offer(self, candidate: Segment) -> None:
+        if candidate.name in self._in_use:
+            self._busy.append(candidate)
         else:
-            idle.offer(candidate)
-    chosen = idle.chosen()
-    lacking_bytes = wanted_bytes - sum(candidate.bytes_on_disk for candidate in chosen)
-    if lacking_bytes > 0:
-        rest = Oldest(lacking_bytes)
-        for candidate in busy:
-            rest.offer(candidate)
-        chosen += rest.chosen()
-    return chosen
+            self._idle.offer(candidate)
+
+    def chosen(self, wanted_bytes: int) -> list[Segment]:
+        chosen = _oldest(self._idle.chosen(), wanted_bytes)
+        lacking_bytes = wanted_bytes - sum(candidate.bytes_on_disk for candidate in chosen)
+        return chosen + _oldest(self._busy, lacking_bytes) if lacking_bytes > 0 else chosen
+
+
+def _oldest(found: Iterable[Segment], wanted_bytes: int) -> list[Segment]:
+    oldest = Oldest(wanted_bytes)
+    for candidate in found:
+        oldest.offer(candidate)
+    return oldest.chosen()
+
+
+def choose(found: Iterable[Segment], wanted_bytes: int, in_use: AbstractSet[str]) -> list[Segment]:
+    """The least recently used, oldest first; those in use come last and only where the others are not enough."""
+    candidates = _Candidates(wanted_bytes, in_use)
+    for candidate in found:
+        candidates.offer(candidate)
+    return candidates.chosen(wanted_bytes)
 
 
 class Evictor:
@@ -185,11 +212,17 @@ class Evictor:
             lacking = budget.lacking_bytes(free_bytes, capacity_bytes)
         if not budget.bytes_max and not lacking:
             return Pass()
-        before = room.records_swept() if room is not None else {}
+        before, expected_bytes = {}, lacking
+        if room is not None:
+            before = room.records_swept()
+            expected_bytes = budget.pressing_bytes(room.used_bytes(), free_bytes, capacity_bytes)
+        in_use = self._in_use()
+        candidates = _Candidates(expected_bytes, in_use)
         segments = cached_bytes = 0
         for found in scan(self._cache_dir):
             segments += 1
             cached_bytes += found.bytes_on_disk
+            candidates.offer(found)
         if room is not None:
             room.measured(before, room.records_now(), cached_bytes)
             excess_bytes = budget.pressing_bytes(room.used_bytes(), free_bytes, capacity_bytes)
@@ -197,15 +230,18 @@ class Evictor:
             excess_bytes = budget.excess_bytes(cached_bytes, free_bytes, capacity_bytes)
         if excess_bytes <= 0:
             return Pass(True, segments, cached_bytes)
-        evicted = self._evict(excess_bytes)
+        if excess_bytes <= expected_bytes:
+            evicted = self._evict(candidates.chosen(excess_bytes))
+        else:  # a bound that was lowered, or the first look: nobody could know how much would have to go
+            evicted = self._evict(choose(scan(self._cache_dir), excess_bytes, in_use))
         return Pass(True, segments, cached_bytes, len(evicted), sum(evicted))
 
-    def _evict(self, wanted_bytes: int) -> list[int]:
-        """Frees about that much; returns how much each segment has given."""
+    def _evict(self, chosen: list[Segment]) -> list[int]:
+        """Returns how much each has given that went."""
         evicted: list[int] = []
         claims = Claims(self._cache_dir)
         try:
-            for candidate in choose(scan(self._cache_dir), wanted_bytes, self._in_use()):
+            for candidate in chosen:
                 if not claims.is_claimed(candidate.name) and evict(self._cache_dir, candidate):
                     evicted.append(candidate.bytes_on_disk)
                     if self._room is not None:

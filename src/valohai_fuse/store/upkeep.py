@@ -9,19 +9,28 @@ Blocking, for commands. Must not know the store's bookkeeping, mounts, or what a
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 from valohai_fuse.model import segment
 from valohai_fuse.model.eviction import Segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS
-from valohai_fuse.store.evictor import choose, evict, scan
+from valohai_fuse.store.evictor import choose, evict, fan_outs, scan, scan_fan_out
 
 YOUNG_S = 60.0
 """A file without a sound header that is younger than this may just be in the making."""
 _CLEAR_ROUNDS_MAX = 10
+_ALONE_MAX = 20_000
+"""Fewer segments than these are looked at in less time than a process takes to begin."""
+_PROCESSES_MAX = 4
+_PAGES_AHEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +65,133 @@ class Removed:
     bytes_on_disk: int
 
 
+@dataclass(slots=True)
+class Holding:
+    """What is held of one object, or of all."""
+
+    blocks: int = 0
+    content_bytes: int = 0
+    bytes_on_disk: int = 0
+
+    def add(self, other: Holding | Held) -> None:
+        """Adds it up."""
+        self.blocks += other.blocks
+        self.content_bytes += other.content_bytes
+        self.bytes_on_disk += other.bytes_on_disk if isinstance(other, Holding) else other.file.bytes_on_disk
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a cache holds. `used_first_ns` and `used_last_ns` are 0 where there is nothing."""
+
+    segments: int = 0
+    objects: int = 0
+    total: Holding = field(default_factory=Holding)
+    used_first_ns: int = 0
+    used_last_ns: int = 0
+    of: dict[str, Holding] = field(default_factory=dict)
+    """By digest, in hex: of the objects that were asked for."""
+
+    def add(self, held: Held) -> None:
+        """Counts a segment."""
+        self._use(held.file.used_at_ns, held.file.used_at_ns)
+        self.segments += 1
+        self.total.add(held)
+
+    def merge(self, other: Summary) -> None:
+        """Adds that of other objects."""
+        if other.segments:
+            self._use(other.used_first_ns, other.used_last_ns)
+        self.segments += other.segments
+        self.objects += other.objects
+        self.total.add(other.total)
+        self.of |= other.of
+
+    def _use(self, first_ns: int, last_ns: int) -> None:
+        self.used_first_ns = min(self.used_first_ns, first_ns) if self.segments else first_ns
+        self.used_last_ns = max(self.used_last_ns, last_ns)
+
+
+def summarize(cache_dir: str, wanted: AbstractSet[str] = frozenset()) -> Summary:
+    """What is held in all, and of each object whose digest is `wanted`. A large cache is looked at by as many processes as
+    there are processors; for a program without threads."""
+    parts = fan_outs(cache_dir)
+    several = min(_PROCESSES_MAX, len(os.sched_getaffinity(0)))
+    if several == 1 or len(parts) * _files_in(cache_dir, parts[0]) < _ALONE_MAX:
+        return _summarize(cache_dir, wanted, parts)
+    found = Summary()
+    forked = multiprocessing.get_context("fork")
+    looking = []
+    for nth in range(several):
+        ours, theirs = forked.Pipe(duplex=False)
+        arguments = (theirs, cache_dir, wanted, parts[nth::several])
+        process = forked.Process(target=_send_summary, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        looking.append((ours, process))
+    for pipe, process in looking:
+        found.merge(pipe.recv())
+        pipe.close()
+        process.join()
+        process.close()
+    return found
+
+
+def _send_summary(pipe: Connection, cache_dir: str, wanted: AbstractSet[str], parts: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pipe.send(_summarize(cache_dir, wanted, parts))
+
+
+def _files_in(cache_dir: str, part: str) -> int:
+    return sum(1 for _ in scan_fan_out(cache_dir, part))
+
+
+def _summarize(cache_dir: str, wanted: AbstractSet[str], parts: list[str]) -> Summary:
+    found = Summary()
+    for part in parts:
+        digests: set[str] = set()
+        for held in _survey_part(cache_dir, part):
+            found.add(held)
+            digests.add(held.digest_hex)
+            if held.digest_hex in wanted:
+                found.of.setdefault(held.digest_hex, Holding()).add(held)
+        found.objects += len(digests)
+    return found
+
+
 def survey(cache_dir: str) -> Iterator[Held]:
-    """Every segment, with its header and table; some 20 us each."""
-    for found in scan(cache_dir):
-        held = _look(cache_dir, found)
-        if held is not None:
-            yield held
+    """Every segment, with its header and table as they were a moment ago; some 20 us each."""
+    for part in fan_outs(cache_dir):
+        yield from _survey_part(cache_dir, part)
 
 
-def _look(cache_dir: str, found: Segment) -> Held | None:
-    digest_hex, _, index_text = os.path.basename(found.name).partition(".")
+def _survey_part(cache_dir: str, part: str) -> Iterator[Held]:
+    opened: deque[tuple[Segment, int]] = deque()
     try:
-        fd = _open(cache_dir, found.name, os.O_RDONLY)
-    except OSError:
-        return None
+        for found in scan_fan_out(cache_dir, part):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                fd = _open(cache_dir, found.name, os.O_RDONLY)
+                opened.append((found, fd))
+                # The first page and no other; many at once, for a disk that is asked for one after the other takes twice as long.
+                os.posix_fadvise(fd, 0, segment.PAGE_BYTES, os.POSIX_FADV_WILLNEED)
+            if len(opened) > _PAGES_AHEAD:
+                yield _look(*opened.popleft())
+        while opened:
+            yield _look(*opened.popleft())
+    finally:
+        for _, fd in opened:
+            os.close(fd)
+
+
+def _look(found: Segment, fd: int) -> Held:
+    """Closes `fd`."""
     try:
         page = os.pread(fd, segment.PAGE_BYTES, 0)
     except OSError:
         page = b""
     finally:
         os.close(fd)
+    digest_hex, _, index_text = found.name.rpartition("/")[2].partition(".")
     header = segment.decode_header(page) if len(page) == segment.PAGE_BYTES else None
     if header is None or not _is_named_right(header, digest_hex, index_text):
         return Held(found, digest_hex, None, 0, 0)
@@ -107,14 +223,13 @@ def verify(cache_dir: str, progress: Callable[[Verified], None] | None = None) -
     """Hashes every block that is present. One that is not what its entry says loses the entry, a file that is no segment of
     its name is removed: either is fetched again when somebody reads it. `progress` is called after each segment."""
     done = Verified()
-    for found in scan(cache_dir):
+    for held in survey(cache_dir):
         done.segments += 1
-        held = _look(cache_dir, found)
-        if held is not None and held.header is None:
-            old = time.time() - found.used_at_ns / 1e9 > YOUNG_S
-            if old and found.bytes_on_disk and evict(cache_dir, found):
+        if held.header is None:
+            old = time.time() - held.file.used_at_ns / 1e9 > YOUNG_S
+            if old and held.file.bytes_on_disk and evict(cache_dir, held.file):
                 done.bad_segments += 1
-        elif held is not None:
+        else:
             with contextlib.suppress(OSError):  # gone meanwhile
                 _verify_segment(cache_dir, held, done)
         if progress is not None:
@@ -175,13 +290,14 @@ def _clear_entry(cache_dir: str, name: str, seen: os.stat_result, block: int) ->
 def prune(cache_dir: str, *, to_bytes: int | None = None, older_than_s: float | None = None) -> Removed:
     """Takes away what was not used for `older_than_s`, and the least recently used until at most `to_bytes` are held."""
     going: dict[str, Segment] = {}
-    if older_than_s is not None:
-        before_ns = time.time_ns() - int(older_than_s * 1e9)
-        going |= {found.name: found for found in scan(cache_dir) if found.used_at_ns < before_ns}
-    if to_bytes is not None:
-        held_bytes = sum(found.bytes_on_disk for found in scan(cache_dir))
-        if held_bytes > to_bytes:
-            going |= {found.name: found for found in choose(scan(cache_dir), held_bytes - to_bytes, frozenset())}
+    before_ns = 0 if older_than_s is None else time.time_ns() - int(older_than_s * 1e9)
+    held_bytes = 0
+    for found in scan(cache_dir):
+        held_bytes += found.bytes_on_disk
+        if found.used_at_ns < before_ns:
+            going[found.name] = found
+    if to_bytes is not None and held_bytes > to_bytes:
+        going |= {found.name: found for found in choose(scan(cache_dir), held_bytes - to_bytes, frozenset())}
     return _remove(cache_dir, going.values())
 
 
