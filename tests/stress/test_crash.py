@@ -18,6 +18,8 @@ import pytest
 
 from support import cache_damage
 from support.mounts import MountedSandbox, read_elsewhere, wait_until
+from valohai_fuse.fetch.transfer import LAND_BYTES
+from valohai_fuse.model.extents import BLOCK_BYTES
 from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.sandbox import Sandbox, ramp
 from valohai_fuse.store import upkeep
@@ -53,7 +55,9 @@ class Rounds:
         self.partial_rounds = 0
         """Kills that left a file without all of its blocks."""
         self.torn_rounds = 0
-        """Those among them that fell between writing the bytes and writing what vouches for them."""
+        """Those that fell between writing the bytes and writing what vouches for them."""
+        self.behind_rounds = 0
+        """Those among them that fell into writing a stream's bytes from memory to the disk, behind the readers' backs."""
         self._wrong: list[str] = []
         self._mounted = mounted
         self._chance = random.Random(seed)
@@ -72,7 +76,9 @@ class Rounds:
             unmounted = self._mounted.unmount()
             assert unmounted.returncode == 0, unmounted.stderr
             self.partial_rounds += bool(cache_damage.partial_files(self._mounted.cache_dir))
-            self.torn_rounds += bool(cache_damage.torn_files(self._mounted.cache_dir))
+            torn_bytes = cache_damage.torn_bytes(self._mounted.cache_dir)
+            self.torn_rounds += torn_bytes > BLOCK_BYTES // 2
+            self.behind_rounds += torn_bytes > 2 * LAND_BYTES
             self._aftermath(self._mounted.cache_dir, self._chance)
             self._remount()
             self._compare(number)
@@ -173,7 +179,12 @@ def test_a_few_crashes(own_directories: Path, variant: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_hundred_crashes(own_directories: Path, variant: str) -> None:
-    """Half of the kills at least must have left a half-filled file. How many fell into the middle of a landing is told."""
+    """Half of the kills at least must have left a half-filled file, some a torn one, some in the middle of writing behind."""
     played = play(own_directories, variant, rounds=200, seed=11)
-    print(f"{variant}: {played.partial_rounds} of 200 rounds left half-filled files, {played.torn_rounds} torn ones")
+    print(
+        f"{variant}: of 200 rounds {played.partial_rounds} left half-filled files, {played.torn_rounds} torn ones, "
+        f"{played.behind_rounds} of them while a stream was written behind"
+    )
     assert played.partial_rounds >= 100
+    assert played.torn_rounds > 0
+    assert played.behind_rounds > 0

@@ -40,12 +40,10 @@ def partial_files(cache_dir: str) -> int:
     )
 
 
-def torn_files(cache_dir: str) -> int:
-    """Files that hold more than their table says: bytes whose entries were still to be written."""
-    slack_bytes = segment.PAGE_BYTES + BLOCK_BYTES // 2
-    return sum(
-        held.file.bytes_on_disk > held.content_bytes + 2 * segment.PAGE_BYTES + slack_bytes
-        for held in survey(cache_dir)
+def torn_bytes(cache_dir: str) -> int:
+    """The most that one of the files holds beyond what its table says: bytes whose entries were still to be written."""
+    return max(
+        (held.file.bytes_on_disk - held.content_bytes - 3 * segment.PAGE_BYTES for held in survey(cache_dir)), default=0
     )
 
 
