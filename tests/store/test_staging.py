@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import trio
 
 from valohai_fuse.model import segment
+from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, LandingPlace, NotHere, ObjectKey
 from valohai_fuse.store.landing import SegmentWriter, is_memory_path
-from valohai_fuse.store.places import STAGED_IDLE_S
+from valohai_fuse.store.places import ABANDONED_S, STAGED_IDLE_S
+from valohai_fuse.store.room import Room
 from valohai_fuse.store.segments import STAGED_BYTES_MIN, SegmentStore
 
 FULL = segment.PAGE_BYTES + SEGMENT_BYTES
@@ -136,6 +139,31 @@ def test_memory_that_is_used_again_serves_nothing_of_before(store: SegmentStore)
             with pytest.raises(OSError, match="memory segment is gone"):
                 SegmentWriter(place.staging_path, KEY, 0, "v")
         assert first.staging_path
+
+    trio.run(main)
+
+
+def test_what_was_given_up_may_still_be_written(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled fetch's memory is not used again, and its room not given away, while its worker may be at it."""
+    monkeypatch.setattr(time, "monotonic", clock)
+    cache = str(tmp_path / "cache")
+    room = Room(cache, Budget(bytes_max=1000 * FULL))
+    store = SegmentStore(cache, room=room, memory_bytes_max=FULL, monotonic=clock)
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with landed(store, nth(0)) as place:
+                assert is_memory_path(place.staging_path)
+                scope.cancel()
+                await trio.sleep_forever()
+        assert room.reserved_bytes() > SEGMENT_BYTES
+        async with landed(store, nth(1)) as place:
+            assert place.staging_path == "", "the only memory is not free"
+        clock.now_s += ABANDONED_S
+        async with landed(store, nth(2)) as place:
+            assert is_memory_path(place.staging_path)
+        assert room.reserved_bytes() == 0
+        store.close()
 
     trio.run(main)
 

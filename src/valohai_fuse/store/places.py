@@ -20,6 +20,7 @@ import functools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from cachetools import LRUCache, TTLCache
@@ -41,6 +42,9 @@ READING_S = 5.0
 """The segment of an object that was last read, if that was less than READING_S ago, is being read."""
 STAGED_IDLE_S = 15.0
 """So long after the last piece was staged the memory is given back."""
+ABANDONED_S = 0.5
+"""So long after a staged fetch was given up its worker may still be writing what had landed: it has half a second's work of a
+disk that writes 64 MB/s waiting at the most (`fetch.behind`)."""
 _USED_MAX = 65536
 """Segments read between two touches; what is beyond passes for as old as its last touch."""
 
@@ -78,6 +82,8 @@ class Places:
         self.blocks_distrusted = 0
         self.files_unreadable = 0
         self._staged_at_s = 0.0
+        self._abandoned: deque[tuple[float, Place]] = deque()
+        """Pins that are taken back later, and when."""
 
     def close(self) -> None:
         """Forgets all; the descriptors go with their last user."""
@@ -107,19 +113,32 @@ class Places:
 
     @contextlib.contextmanager
     def in_memory(self, place: Place, *, stands_in: bool) -> Iterator[str | None]:
-        """Where a worker lands the segment in memory; it stays there during the block. None: no room, for staging.
+        """Where a worker lands the segment in memory; it stays there during the block, and for ABANDONED_S more if that ends
+        badly. None: no room, for staging.
 
         Raises OSError.
         """
         with self._lock:
+            self._unpin_abandoned()
             path = self._memory.take(*place, stands_in=stands_in)
             self._staged_at_s = self._monotonic()
+        abandoned = False
         try:
             yield path
+        except BaseException:
+            abandoned = not stands_in
+            raise
         finally:
             if path is not None:
                 with self._lock:
-                    self._memory.release(*place)
+                    if abandoned:
+                        self._abandoned.append((self._monotonic() + ABANDONED_S, place))
+                    else:
+                        self._memory.release(*place)
+
+    def _unpin_abandoned(self) -> None:
+        while self._abandoned and self._abandoned[0][0] <= self._monotonic():
+            self._memory.release(*self._abandoned.popleft()[1])
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -251,6 +270,7 @@ class Places:
         """Sets the time of the files that were read, by which evictors of all processes see what is used, and gives back the
         memory of what was staged some time ago. Blocks."""
         with self._lock:
+            self._unpin_abandoned()
             if self._monotonic() - self._staged_at_s > STAGED_IDLE_S:
                 self._memory.drop_staged()
             used, self._used = self._used, set()

@@ -25,6 +25,7 @@ import secrets
 import struct
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,6 +75,8 @@ class Room:
         self._own_fd = -1
         self._granted = self._over = self._evicted = 0
         self._written_at_s = 0.0
+        self._late: deque[tuple[float, int]] = deque()
+        """What is given back later: when, and how much."""
         self._baseline: Baseline | None = None
         self._others: dict[str, int] = {}
         """Descriptors of the other processes' records."""
@@ -113,6 +116,7 @@ class Room:
     def _take(self, byte_count: int, taken: list[bool]) -> tuple[bool, bool]:
         """Whether there was room, and whether it is getting tight; `taken` says the first to who has stopped waiting."""
         with self._lock:
+            self._release_late()
             self._granted += byte_count
             self._publish()
             fits, pressed = self._fits()
@@ -140,13 +144,18 @@ class Room:
                     return False
         return False
 
-    def release(self, byte_count: int) -> None:
-        """The fetch for which room was taken is over; what it landed is the directory's."""
-        self._disk.later(self._give_back, byte_count)
-        self.notify()
+    def release(self, byte_count: int, *, after_s: float = 0.0) -> None:
+        """The fetch for which room was taken is over; what it landed is the directory's. `after_s`: something of it may still
+        be written for so long."""
+        self._disk.later(self._give_back, byte_count, after_s)
+        if not after_s:
+            self.notify()
 
-    def _give_back(self, byte_count: int) -> None:
+    def _give_back(self, byte_count: int, after_s: float = 0.0) -> None:
         with self._lock:
+            if after_s:
+                self._late.append((time.monotonic() + after_s, byte_count))
+                return
             self._over += byte_count
             self._publish()
 
@@ -161,6 +170,8 @@ class Room:
     def records_swept(self) -> dict[str, tuple[int, int, int]]:
         """The records of all living processes; those of dead ones are removed. For before a scan."""
         with self._lock:
+            if self._release_late():
+                self._publish()
             self._remove_dead()
             return self._records()
 
@@ -194,6 +205,13 @@ class Room:
             return sum(granted - over for granted, over, _ in self._records().values())
 
     # --- inside (under the lock) ----------------------------------------------------------------------------------------
+
+    def _release_late(self) -> bool:
+        """Whether anything was due."""
+        over = self._over
+        while self._late and self._late[0][0] <= time.monotonic():
+            self._over += self._late.popleft()[1]
+        return self._over != over
 
     def _fits(self) -> tuple[bool, bool]:
         """Whether what is taken now is within the bounds, and whether it is close to them."""

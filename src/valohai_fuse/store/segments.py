@@ -34,7 +34,7 @@ from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.claims import Claims
 from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
 from valohai_fuse.store.opened import Contents, OpenSegment
-from valohai_fuse.store.places import Place, Places
+from valohai_fuse.store.places import ABANDONED_S, Place, Places
 from valohai_fuse.store.room import Room
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
@@ -400,7 +400,7 @@ class SegmentStore:
                 return
             charged_s = 0.0 if staging else self._pace.begin(len(extent))
             try:
-                async with self._with_room(len(extent), ahead=ahead) as granted:
+                async with self._with_room(len(extent), ahead=ahead, staged=bool(staging)) as granted:
                     if granted:
                         yield LandingPlace(path, staging)
                     elif ahead:
@@ -412,8 +412,11 @@ class SegmentStore:
                 self._pace.end(charged_s)
 
     @contextlib.asynccontextmanager
-    async def _with_room(self, byte_count: int, *, ahead: bool) -> AsyncIterator[bool]:
-        """Takes room on the disk for `byte_count` bytes of one segment while the block runs; says whether there was any."""
+    async def _with_room(self, byte_count: int, *, ahead: bool, staged: bool) -> AsyncIterator[bool]:
+        """Takes room on the disk for `byte_count` bytes of one segment while the block runs; says whether there was any.
+
+        What was `staged` and then given up may still be on its way to the disk when the block is over.
+        """
         if self._room is None:
             yield True
             return
@@ -424,8 +427,10 @@ class SegmentStore:
             return
         try:
             yield True
-        finally:
-            self._room.release(wanted_bytes)
+        except BaseException:
+            self._room.release(wanted_bytes, after_s=ABANDONED_S if staged else 0.0)
+            raise
+        self._room.release(wanted_bytes)
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
         """See `ports.BlockStore`."""
