@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,14 +21,19 @@ from support import cache_damage
 from support.mounts import MountedSandbox, read_elsewhere, wait_until
 from valohai_fuse.fetch.transfer import LAND_BYTES
 from valohai_fuse.model.extents import BLOCK_BYTES
+from valohai_fuse.model.manifest import stable_id
+from valohai_fuse.model.segment import object_digest
 from valohai_fuse.obs.runtime_dir import RuntimeDir
 from valohai_fuse.sandbox import Sandbox, ramp
-from valohai_fuse.store import upkeep
+from valohai_fuse.sources import manifest_file
 
 pytestmark = pytest.mark.mount
 
 MIB = 1024 * 1024
 FILES = {"big.bin": ramp(19 * MIB + 77), "other.bin": ramp(9 * MIB), "small.bin": ramp(70_001), "tiny": ramp(5)}
+SETS = ("a", "b")
+"""Two directories with these files each. Rounds take turns with them, for what one mount has compared the kernel has the pages
+of: they would answer the next round's readers although the cache is empty."""
 READERS = 4
 KILL_AFTER_MAX_S = 0.1
 
@@ -62,44 +68,52 @@ class Rounds:
         self._mounted = mounted
         self._chance = random.Random(seed)
         self._aftermath = aftermath
+        self._sets = deque(SETS)
+        self._digests = _digests(mounted.sandbox.config_dir)
+        self._files: dict[str, str] = {}
+        """Those of the set whose turn it is, with their digests."""
 
     def run(self, count: int) -> None:
         """`count` rounds; each begins with an empty cache, or every third time with what the last one left."""
         for number in range(count):
-            if number % 3 != 2:
-                self._empty()
-            with self._load():
-                if number % 3 != 2:
-                    wait_until("something lands", self._has_landed, timeout_s=60)
+            continues = number % 3 == 2
+            files = self._files if continues else self._turn()
+            with self._load(list(files)):
+                if not continues:
+                    wait_until("something lands", lambda: bool(self._landed()), timeout_s=60)
                 threading.Event().wait(self._chance.uniform(0.0, KILL_AFTER_MAX_S))
                 self._kill(self._chance.choice(("daemon", "daemon", "workers", "all")))
             unmounted = self._mounted.unmount()
             assert unmounted.returncode == 0, unmounted.stderr
+            for path in set(cache_damage.paths(self._mounted.cache_dir)) - set(self._landed()):
+                path.unlink()  # of the other set
             self.partial_rounds += bool(cache_damage.partial_files(self._mounted.cache_dir))
             torn_bytes = cache_damage.torn_bytes(self._mounted.cache_dir)
             self.torn_rounds += torn_bytes > BLOCK_BYTES // 2
             self.behind_rounds += torn_bytes > 2 * LAND_BYTES
             self._aftermath(self._mounted.cache_dir, self._chance)
-            self._remount()
+            again = self._mounted.mount()
+            assert again.returncode == 0, again.stderr
             self._compare(number)
 
-    def _empty(self) -> None:
-        """Without a mount meanwhile: its pages in the kernel would answer readers although the cache is empty."""
-        unmounted = self._mounted.unmount()
-        assert unmounted.returncode == 0, unmounted.stderr
-        upkeep.clear(self._mounted.cache_dir)
-        self._remount()
+    def _turn(self) -> dict[str, str]:
+        """Takes the other set."""
+        self._sets.rotate()
+        prefix = self._sets[0] + "/"
+        self._files = {name: digest for name, digest in self._digests.items() if name.startswith(prefix)}
+        return self._files
 
-    def _remount(self) -> None:
-        again = self._mounted.mount()
-        assert again.returncode == 0, again.stderr
+    def _landed(self) -> list[Path]:
+        """What the cache holds of the set whose turn it is."""
+        digests = set(self._files.values())
+        return [path for path in cache_damage.paths(self._mounted.cache_dir) if path.stem in digests]
 
     @contextlib.contextmanager
-    def _load(self) -> Iterator[None]:
+    def _load(self, names: list[str]) -> Iterator[None]:
         """Readers at random places, until the block ends or their mount is gone."""
         over = threading.Event()
         readers = [
-            threading.Thread(target=self._read, args=(random.Random(self._chance.random()), over))
+            threading.Thread(target=self._read, args=(names, random.Random(self._chance.random()), over))
             for _ in range(READERS)
         ]
         for reader in readers:
@@ -112,20 +126,17 @@ class Rounds:
                 reader.join()
             assert not self._wrong
 
-    def _read(self, chance: random.Random, over: threading.Event) -> None:
+    def _read(self, names: list[str], chance: random.Random, over: threading.Event) -> None:
         """What is read before the kill has to be right as well."""
         while not over.is_set():
-            name = chance.choice(list(FILES))
-            start = chance.randrange(FILES[name].size)
+            name = chance.choice(names)
+            start = chance.randrange(FILES[name.partition("/")[2]].size)
             with contextlib.suppress(OSError):  # the mount was shot
                 with open(self._mounted.path("data", name), "rb", buffering=0) as file:
                     found = os.pread(file.fileno(), chance.choice((4096, MIB, 8 * MIB)), start)
                 expected = self._mounted.sandbox.expected_bytes("data", name, start, start + len(found))
                 if found != expected:
                     self._wrong.append(f"{name} at {start}, {len(found)} bytes")
-
-    def _has_landed(self) -> bool:
-        return bool(cache_damage.paths(self._mounted.cache_dir))
 
     def _kill(self, whom: str) -> None:
         (record,) = RuntimeDir(self._mounted.runtime_dir).records()
@@ -137,9 +148,19 @@ class Rounds:
             wait_until("the daemon's workers end with it", lambda: not any(map(_is_running, workers)))
 
     def _compare(self, number: int) -> None:
-        for name in FILES:
+        for name in self._files:
             found = read_elsewhere(self._mounted.path("data", name))
             assert found == self._mounted.sandbox.expected_bytes("data", name), f"round {number}: {name}"
+
+
+def _digests(config_dir: str) -> dict[str, str]:
+    """File name -> how its segments' names begin."""
+    manifest = manifest_file.load(config_dir)
+    try:
+        records = [(manifest.record(index), manifest.size(index)) for index in range(len(manifest))]
+    finally:
+        manifest.close()
+    return {record.name: object_digest(stable_id(record), size or 0).hex() for record, size in records}
 
 
 def _children(pid: int) -> list[int]:
@@ -162,7 +183,8 @@ EXPECTED = ("failed its check", r"a fetch worker .* died", "cannot be read", "wo
 
 def play(root: Path, variant: str, *, rounds: int, seed: int) -> Rounds:
     """Runs that many rounds on a sandbox of their own."""
-    with Sandbox({"data": FILES}, root=root / "valohai") as sandbox:
+    files = {f"{one}/{name}": content for one in SETS for name, content in FILES.items()}
+    with Sandbox({"data": files}, root=root / "valohai") as sandbox:
         with MountedSandbox(sandbox, expected_warnings=EXPECTED) as mounted:
             played = Rounds(mounted, seed, VARIANTS[variant])
             played.run(rounds)
