@@ -7,12 +7,14 @@ that is kept: {"machine", "versions", "commands", "workloads": {name: {"date", "
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import fcntl
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from benchmarks.workloads import WORKLOADS, Selection, Workload, select
 
 _QUICK_PEERS = ("valohai-fuse", "rclone", "curl", "plain")
 _WORK_DIR = Path("/var/tmp/valohai-fuse-bench")  # noqa: S108 - on a disk, shared by all checkouts; holds nothing secret
+_KEPT = "results.json"
 _DOCS_DIR = Path(__file__).parents[1] / "docs"
 _PEER_BUDGET_S = 240
 """A peer that has spent this on one workload is not asked again: some need minutes for 2,000 reads. Ours has no budget."""
@@ -136,10 +139,21 @@ def _run_target(arguments: argparse.Namespace, bench_work: Path, chosen: list[Wo
     return 0
 
 
+@contextlib.contextmanager
+def _alone(work_dir: Path) -> Iterator[None]:
+    """Two benches at once would measure each other, and write over each other's results."""
+    with (work_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main(argv: list[str]) -> int:
     """Returns 1 when a trial of ours failed, so that a quick run is a test. `cache` and `profile` are benches of their own."""
     if argv[:1] == ["cache"]:
-        return cache.main(argv[1:])
+        kept_path = _WORK_DIR / "full" / _KEPT
+        kept_path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(_WORK_DIR):
+            return cache.main(argv[1:], kept_path)
     if argv[:1] == ["profile"]:
         return _profile(profiling.arguments(argv[1:]))
     arguments = _arguments(argv)
@@ -152,8 +166,7 @@ def main(argv: list[str]) -> int:
     workloads = _chosen_workloads(arguments.only)
     work = arguments.work_dir / ("quick" if arguments.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    with (arguments.work_dir / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two benches at once would measure each other
+    with _alone(arguments.work_dir):
         tools = provision.provision(arguments.work_dir)
         if arguments.target:
             return _run_target(arguments, work, workloads)
@@ -165,13 +178,12 @@ def _profile(arguments: argparse.Namespace) -> int:
     work = _WORK_DIR / ("quick" if arguments.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
     ours = next(peer for peer in PEERS if peer.name == OURS)
-    with (_WORK_DIR / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(_WORK_DIR):
         tools = provision.provision(_WORK_DIR, extra=("perf",))
         dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
         dataset.make()
         selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
-        kept_path = work / "results.json"
+        kept_path = work / _KEPT
         results: dict[str, Any] = json.loads(kept_path.read_text()) if kept_path.exists() else {"workloads": {}}
         with Store(work / "nginx", dataset.root) as store:
             bench = Bench(tools, store, selection, dataset.inputs(), work, arguments.quick)
@@ -199,7 +211,7 @@ def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools
     dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
     dataset.make()
     selection: Selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
-    kept_path = work / "results.json"
+    kept_path = work / _KEPT
     results: dict[str, Any] = json.loads(kept_path.read_text()) if kept_path.exists() else {"workloads": {}}
     failed = False
     with Store(work / "nginx", dataset.root) as store:

@@ -174,6 +174,8 @@ def page(results: Mapping[str, Any]) -> str:
         parts.append(f"`{workload.name}`, {how}.\n")
         parts.append(_markdown(header, lines))
         parts += [f"{reason}\n" for reason in failed]
+    if "cache" in results:
+        parts.append(_cache(results["cache"]))
     parts += _profiles(results)
     parts.append(_commands(results))
     return "\n".join(parts)
@@ -226,6 +228,11 @@ def _targets(workloads: list[Workload], results: Mapping[str, Any]) -> str:
             verdict = judge(target, results["workloads"][workload.name]["trials"])
             lines.append([f"`{workload.name}`", verdict.text, verdict.measured, verdict.mark])
     return _markdown(["workload", "target", "measured", "reached"], lines)
+
+
+def _cache(kept: Mapping[str, Any]) -> str:
+    figures = _markdown(["", "measured", "promised"], kept["rows"])
+    return f"## The block cache by itself\n\n`scripts/bench cache`: without mount and network, {kept['date']}.\n\n{figures}"
 
 
 def _commands(results: Mapping[str, Any]) -> str:

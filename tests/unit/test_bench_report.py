@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from benchmarks import found, report
+from benchmarks import cache, found, report
 from benchmarks.meters import Traffic
 from benchmarks.peers import OURS, PEERS, last_words
 from benchmarks.report import best_other, judge, median, rows
@@ -67,11 +67,13 @@ def test_failures_are_shown_with_their_reason() -> None:
 def test_the_page_and_the_picture_are_made_of_the_results_alone(tmp_path: Path) -> None:
     """Rows, verdicts, versions, commands; the picture is well-formed; the numbers are kept beside them."""
     results = _results({"valohai-fuse": [{"mb_s": 650.0}], "rclone": [{"mb_s": 310.0}], "curl": [{"mb_s": 552.0}]})
+    results["cache"] = {"date": "2026-11-26", "rows": [["landing", "20,000 /s", "> 5,000 /s"]]}
     written = report.write(results, tmp_path / "docs")
     page = written[0].read_text()
     assert "| valohai-fuse | 650 |" in page
     assert "| `seq-region` | MB/s at least 2 x best | 2.10 x rclone | yes |" in page
     assert "rclone v1" in page
+    assert "| landing | 20,000 /s | > 5,000 /s |" in page
     bars = ET.fromstring(written[1].read_text()).findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == 3
     assert json.loads(written[2].read_text()) == results
@@ -153,3 +155,16 @@ def test_any_directory_can_be_a_target(tmp_path: Path) -> None:
     assert found.suits(_BY_NAME["seq-region"], selection)
     assert not found.suits(_BY_NAME["zip-random"], selection)
     assert not found.suits(_BY_NAME["first-byte"], selection)
+
+
+def test_the_bench_of_the_cache_runs_and_keeps_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With tiny sizes: no figure is worth anything, but all are there, and other results stay."""
+    kept = tmp_path / "results.json"
+    kept.write_text('{"workloads": {"x": 1}}')
+    assert cache.main(["--quick", "--write", f"--dir={tmp_path}"], kept) == 0
+    results = json.loads(kept.read_text())
+    assert results["workloads"] == {"x": 1}
+    shown = capsys.readouterr().out
+    assert len(results["cache"]["rows"]) >= 14
+    assert all(what in shown and figure in shown for what, figure, _ in results["cache"]["rows"])
+    assert list(tmp_path.iterdir()) == [kept]
