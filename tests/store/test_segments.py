@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTE
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey
 from valohai_fuse.store import health
 from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.store.opened import AHEAD_BYTES
 from valohai_fuse.store.places import FAULT_MEMORY_S
 from valohai_fuse.store.segments import SegmentStore
 
@@ -422,6 +424,40 @@ def test_out_of_descriptors_is_not_the_disks_fault(store: SegmentStore, monkeypa
     monkeypatch.setattr(os, "open", no_descriptor)
     assert read(store) == ramp(ALL)
     assert refused
+
+
+def test_the_disk_reads_ahead_of_a_sequential_reader(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte is asked for once, before it is read, also those of the next segment; a reader that jumps gets no more than
+    what it wants."""
+    key = ObjectKey("datum:long", 2 * SEGMENT_BYTES + 5)
+    opened_index: dict[int, int] = {}
+    asked: dict[int, list[tuple[int, int]]] = {}
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        index = opened_index.setdefault(fd, int(os.readlink(f"/proc/self/fd/{fd}")[-1], 16))
+        asked.setdefault(index, []).append((offset, offset + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    store = SegmentStore(cache)
+    for start in range(0, key.size, SEGMENT_BYTES):
+        land(store, Extent(start, min(start + SEGMENT_BYTES, key.size)), key=key)
+    step = 4 * BLOCK_BYTES
+    for start in range(0, 2 * SEGMENT_BYTES, step):
+        wanted = Extent(start, start + step)
+        assert store.read_blocking(key, "v", wanted) == ramp(wanted)
+        index, within = divmod(start, SEGMENT_BYTES)
+        assert max(stop for _, stop in asked[index]) >= segment.DATA_OFFSET + within + step
+        if within >= SEGMENT_BYTES - AHEAD_BYTES // 2:
+            assert index + 1 in asked
+    for index in (0, 1):
+        starts = sorted(asked[index])
+        assert all(before[1] <= after[0] for before, after in pairwise(starts))
+    asked.clear()
+    jump = Extent(20 * BLOCK_BYTES, 21 * BLOCK_BYTES)
+    assert store.read_blocking(key, "v", jump) == ramp(jump)
+    assert asked == {0: [(segment.DATA_OFFSET + jump.start, segment.DATA_OFFSET + jump.stop)]}
+    store.close()
 
 
 def test_what_is_not_in_the_page_cache_is_cold(store: SegmentStore) -> None:

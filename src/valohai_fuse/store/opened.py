@@ -20,12 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from valohai_fuse.model import segment
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey, Version
 
 AHEAD_BYTES = 4 * 1024 * 1024
 """So far ahead of a reader that goes on where it was the disk is asked to read. A block device's own readahead is 128 KiB,
 and begins anew with each segment's file."""
+_END_OFFSET = segment.DATA_OFFSET + SEGMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class OpenSegment:
 
     __slots__ = (
         "__weakref__",
+        "_advised_stop",
         "_close",
         "_first_block",
         "_header",
@@ -80,6 +82,8 @@ class OpenSegment:
         self._header = b""
         self._next_block = 0
         """Behind what was read last; a hint, so threads may race for it."""
+        self._advised_stop = 0
+        """So far, as an offset in the file, the disk was asked to read for a sequential reader; another such hint."""
 
     def __del__(self) -> None:
         self._close(self.fd)
@@ -131,8 +135,6 @@ class OpenSegment:
         with `nowait`.
         """
         wanted = len(into)
-        if not nowait and not self.never_waits:
-            self._advise(first, wanted)
         self._next_block = first + segment.blocks_in(wanted)
         read = self._pread(into, segment.DATA_OFFSET + first * BLOCK_BYTES, nowait=nowait)
         if read < wanted:
@@ -146,13 +148,32 @@ class OpenSegment:
                 return nth
         return None
 
-    def _advise(self, first: int, byte_count: int) -> None:
-        """Has the kernel fetch from the disk what is about to be read, all at once, and for a sequential reader more."""
-        ahead = AHEAD_BYTES if first in {0, self._next_block} else 0
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(
-                self.fd, segment.DATA_OFFSET + first * BLOCK_BYTES, byte_count + ahead, os.POSIX_FADV_WILLNEED
-            )
+    def advise(self, first: int, byte_count: int) -> int:
+        """Has the kernel fetch from the disk what is about to be read, all at once, and for a sequential reader more: returns
+        how much of that lies beyond this segment. For `read_blocks` that waits; raises nothing."""
+        start = segment.DATA_OFFSET + first * BLOCK_BYTES
+        stop = start + byte_count
+        if first and first != self._next_block:
+            self._advised_stop = 0
+            self._have_fetched(start, stop)
+            return 0
+        if stop + AHEAD_BYTES // 2 > self._advised_stop:
+            self._have_fetched(max(start, self._advised_stop), stop + AHEAD_BYTES)
+            self._advised_stop = stop + AHEAD_BYTES
+            return max(0, self._advised_stop - _END_OFFSET)
+        return 0
+
+    def prepare(self, byte_count: int) -> None:
+        """The same before the first read, for a reader that is on its way: table and first `byte_count` bytes."""
+        stop = segment.DATA_OFFSET + byte_count
+        if stop > self._advised_stop:
+            self._have_fetched(self._advised_stop, stop)
+            self._advised_stop = stop
+
+    def _have_fetched(self, start: int, stop: int) -> None:
+        if not self.never_waits:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def _pread(self, into: memoryview, offset: int, *, nowait: bool) -> int:
         if not nowait or self.never_waits:

@@ -254,6 +254,8 @@ class SegmentStore:
         for run in runs:
             view = into[run.start - start : run.stop - start]
             try:
+                if not nowait:
+                    self._ask_disk(run, len(view))
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
                     self._places.mark_used(run.opened)
@@ -269,6 +271,13 @@ class SegmentStore:
                 raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread")
             return False
         return True
+
+    def _ask_disk(self, run: _Run, byte_count: int) -> None:
+        """Has the disk read what is about to be read, and what a sequential reader wants next, also from the next file: by the
+        time a reader comes there, its table and its first blocks are in memory."""
+        beyond_bytes = run.opened.advise(run.first, byte_count)
+        if beyond_bytes and (run.opened.index + 1) * SEGMENT_BYTES < run.opened.key.size:
+            self._places.prepare((run.opened.key, run.opened.index + 1), beyond_bytes)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
@@ -443,13 +452,13 @@ class SegmentStore:
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
         try:
-            return self._disk.call(self._claims.claim, *_claimed(self._places, key, extent))
+            return self._disk.call(self._claims.claim, *self._places.blocks(key, extent))
         except NotAnsweringError:
             return True
 
     def unclaim(self, key: ObjectKey, extent: Extent) -> None:
         """Takes `claim` back."""
-        self._disk.later(self._claims.release, *_claimed(self._places, key, extent))
+        self._disk.later(self._claims.release, *self._places.blocks(key, extent))
 
     def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
         """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
@@ -480,13 +489,6 @@ class SegmentStore:
             with contextlib.suppress(FileExistsError):
                 self._disk.call(os.mkdir, path, 0o700)
             self._fan_out_made.add(path)
-
-
-def _claimed(places: Places, key: ObjectKey, extent: Extent) -> tuple[str, int, int]:
-    """The segment's name and the blocks in it, as `store.claims` wants them; `extent` lies within one segment."""
-    index, within = divmod(extent.start, SEGMENT_BYTES)
-    first = within // BLOCK_BYTES
-    return places.name((key, index)), first, first + segment.blocks_in(len(extent))
 
 
 def _reason(error: OSError | ConfigurationError) -> str:
