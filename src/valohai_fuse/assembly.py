@@ -62,11 +62,15 @@ async def open_fetching(
     stack: AsyncExitStack,
     *,
     fill: FillLimits = FillLimits(),  # noqa: B008 - frozen
+    keeps_worker: bool = False,
 ) -> tuple[Fetching, trio.Nursery]:
-    """Builds it in a nursery of its own, which is cancelled when `stack` ends. Raises ConfigurationError."""
+    """Builds it in a nursery of its own, which is cancelled when `stack` ends. Raises ConfigurationError.
+
+    `keeps_worker`: one worker stays however idle, for where starting another may hang.
+    """
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
-    pool = await stack.enter_async_context(open_pool(_pool(settings, metrics)))
+    pool = await stack.enter_async_context(open_pool(_pool(settings, metrics, keeps_one=keeps_worker)))
     api = open_api(settings)
     if api is not None:
         stack.push_async_callback(api.aclose)
@@ -113,7 +117,7 @@ def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
     return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
 
 
-def _pool(settings: Settings, metrics: Metrics) -> WorkerPool:
+def _pool(settings: Settings, metrics: Metrics, *, keeps_one: bool) -> WorkerPool:
     return WorkerPool(
         metrics=metrics,
         workers=settings.workers,
@@ -122,6 +126,7 @@ def _pool(settings: Settings, metrics: Metrics) -> WorkerPool:
         stall_timeout_s=settings.stall_timeout,
         ca_file=settings.ca_file,
         hedging=settings.hedging,
+        keeps_one=keeps_one,
     )
 
 

@@ -102,7 +102,9 @@ class Daemon:
                 settings.connections,
                 is_kept=lambda: store.statistics().disk_well,
             )
-            fetching, nursery = await open_fetching(settings, catalogue, store, self.metrics, stack, fill=fill)
+            fetching, nursery = await open_fetching(
+                settings, catalogue, store, self.metrics, stack, fill=fill, keeps_worker=disk.may_hang
+            )
             if disk.may_hang:
                 fetching.get_ready()  # before there is a file open on it, which a new process would have to close first
             evictor = Evictor(

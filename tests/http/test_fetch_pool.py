@@ -343,6 +343,18 @@ def test_workers_follow_the_load(tmp_path: Path) -> None:
     trio.run(scenario)
 
 
+def test_one_worker_stays_where_another_could_not_start(tmp_path: Path) -> None:
+    """With a file system that hangs, a new process hangs as well."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path, idle_s=0.02, keeps_one=True) as r:
+            await r.fetch(r.order())
+            await trio.sleep(0.5)  # five times as long as the last one may be idle otherwise
+            assert len(r.pool.worker_pids) == 1
+
+    trio.run(scenario)
+
+
 def test_prewarm(tmp_path: Path) -> None:
     """A worker can be started before the first order, and that order then uses it."""
 

@@ -139,6 +139,7 @@ async def rig(
     connect_timeout_s: float = 5,
     stall_timeout_s: float = 20,
     idle_s: float = 60,
+    keeps_one: bool = False,
     ca_file: str | None = None,
     tls: bool = False,
     tls_version: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED,
@@ -153,6 +154,7 @@ async def rig(
         connect_timeout_s=connect_timeout_s,
         stall_timeout_s=stall_timeout_s,
         idle_s=idle_s,
+        keeps_one=keeps_one,
         ca_file=ca_file,
         hedging=hedging,
     )

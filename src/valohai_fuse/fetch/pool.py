@@ -72,8 +72,10 @@ class WorkerPool:
         ca_file: str | None = None,
         hedging: bool = True,
         idle_s: float = 60,
+        keeps_one: bool = False,
     ) -> None:
         """`workers` 0: as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
+        `keeps_one`: the last worker does not end for idleness.
 
         Raises ConfigurationError when `ca_file` cannot be read.
         """
@@ -84,6 +86,7 @@ class WorkerPool:
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._idle_s = idle_s
+        self._keeps_one = keeps_one
         self._configure = wire.Configure(
             connections=connections,
             connect_timeout_s=connect_timeout_s,
@@ -437,6 +440,8 @@ class WorkerPool:
             now_s = trio.current_time()
             for worker in [w for w in self._workers if not w.legs]:
                 is_last = len(self._workers) == 1
+                if is_last and self._keeps_one:
+                    continue
                 if now_s - worker.idle_since_s >= self._idle_s * (_LAST_PATIENCE if is_last else 1):
                     self._workers.remove(worker)
                     worker.process.close()
