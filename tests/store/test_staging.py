@@ -112,6 +112,27 @@ def test_what_was_read_to_its_end_goes_first(store: SegmentStore) -> None:
     trio.run(main)
 
 
+def test_an_end_that_overtook_the_rest_takes_no_memory_away(store: SegmentStore) -> None:
+    """The kernel asks for several pieces at once: what it has not been given yet stays, though it is the newest."""
+
+    async def main() -> None:
+        for index in (0, 1):
+            async with landed(store, nth(index)):
+                pass
+        middle = nth(1).start + SEGMENT_BYTES // 2
+        rest, end = Extent(nth(1).start, middle), Extent(middle, nth(1).stop)
+        assert read(store, end) == content(nth(1))[: len(end)]
+        async with landed(store, nth(2)):
+            pass
+        assert [read(store, nth(n)) != ABSENT for n in (0, 2)] == [False, True]
+        assert read(store, rest) == content(nth(1))[: len(rest)]
+        async with landed(store, nth(3)):
+            pass
+        assert [read(store, nth(n)) != ABSENT for n in (1, 2, 3)] == [False, True, True], "now it has been read"
+
+    trio.run(main)
+
+
 def test_under_a_fetch_no_memory_goes_and_without_memory_the_file_is_landed_in(store: SegmentStore) -> None:
     async def main() -> None:
         async with landed(store, nth(0)), landed(store, nth(1)), landed(store, nth(2)) as third:

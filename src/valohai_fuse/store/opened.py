@@ -49,9 +49,11 @@ class OpenSegment:
         "__weakref__",
         "_advised_stop",
         "_close",
+        "_end_is_read",
         "_first_block",
         "_header",
         "_next_block",
+        "_unread_bytes",
         "contents",
         "fd",
         "file_id",
@@ -84,6 +86,8 @@ class OpenSegment:
         """Behind what was read last; a hint, so threads may race for it."""
         self._advised_stop = 0
         """So far, as an offset in the file, the disk was asked to read for a sequential reader; another such hint."""
+        self._end_is_read = False
+        self._unread_bytes = segment.segment_bytes(key.size, index)
 
     def __del__(self) -> None:
         self._close(self.fd)
@@ -147,6 +151,14 @@ class OpenSegment:
             if stop > read or segment.block_entry(into[at:stop], seed, first_number + nth) != entries[nth]:
                 return nth
         return None
+
+    def note_read(self, start: int, stop: int) -> bool:
+        """Bytes [start, stop) of the object were read from here. Whether a reader has by now come to the segment's end with
+        nothing left out: several reads of the kernel's are under way at once, and the last piece may overtake the others."""
+        self._unread_bytes -= stop - start
+        if stop % SEGMENT_BYTES == 0 or stop == self.key.size:
+            self._end_is_read = True
+        return self._end_is_read and self._unread_bytes <= 0
 
     def advise(self, first: int, byte_count: int) -> int:
         """Has the kernel fetch from the disk what is about to be read, all at once, and for a sequential reader more: returns

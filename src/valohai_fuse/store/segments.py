@@ -259,7 +259,7 @@ class SegmentStore:
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
                     self._places.mark_used(run.opened)
-                    if run.stop % SEGMENT_BYTES == 0 or run.stop == run.opened.key.size:
+                    if run.opened.note_read(run.start, run.stop):
                         self._places.note_read_to_end(run.opened)
                     continue
                 if not nowait:
