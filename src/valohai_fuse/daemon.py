@@ -51,8 +51,9 @@ log = logging.getLogger(__name__)
 
 WARNINGS_REPORTED_MAX = 20
 
-STAGED_BEHIND_BYTES = 32 * 1024 * 1024
-"""Room for what is being read, or written to the disk, beside what is fetched ahead."""
+STAGED_BEHIND_BYTES = 64 * 1024 * 1024
+"""Room for what is being read, or written to the disk (32 MiB of two workers), beside what is fetched ahead. With half of that a
+slow disk had so much of it waiting that the stream found no memory to land in, and ran at the disk's pace."""
 
 
 FILL_SHARE_OF_CACHE = 4

@@ -77,32 +77,6 @@ def assert_set(gate: threading.Event) -> None:
     assert gate.wait(10)
 
 
-def test_a_slow_disk_is_owed_less(behind: WriteBehind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than it writes in a tenth of a second, for the stream needs the memory; and all again once it is quick."""
-    now_s = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
-    gate = threading.Event()
-
-    def write(took_s: float) -> None:
-        gate.wait(10)
-        now_s[0] += took_s
-
-    mib = 1024 * 1024
-    assert all(behind.offer(Job(8 * mib, lambda: write(0.16), None)) for _ in range(4))
-    gate.set()
-    wait_ended(behind, 4)
-    gate.clear()
-    assert behind.offer(Job(4 * mib, lambda: write(0), None))
-    assert not behind.offer(Job(2 * mib, lambda: write(0), None)), "50 MiB/s"
-    assert behind.offer(Job(mib, lambda: write(0), None))
-    gate.set()
-    wait_ended(behind, 2)
-    gate.clear()
-    assert all(behind.offer(Job(8 * mib, lambda: write(0), None)) for _ in range(4)), "a quick disk again"
-    gate.set()
-    wait_ended(behind, 4)
-
-
 def test_a_refusal_is_the_disks_unless_it_is_memory_that_lacks(behind: WriteBehind) -> None:
     def refuse(number: int) -> None:
         raise OSError(number, "refused")

@@ -1,23 +1,22 @@
 """Writes behind the readers' backs: what has landed in memory goes to its segment file in a thread of the worker.
 
-The disk must not set the pace of a stream, nor may it be owed without bound: no more than QUEUE_BYTES_MAX wait here, nor more
-than the disk writes in QUEUE_S, and what is offered beyond is refused. It stays in memory for its readers and is simply not
-cached, so a disk that is slower than the network gets as much as it can take, and the network goes on. What waits is memory
-that the stream cannot use: with too much of it the store has none left to stage in, and the stream waits for the disk after all.
+The disk must not set the pace of a stream, nor may it be owed without bound: no more than QUEUE_BYTES_MAX wait here, and what
+is offered beyond is refused. It stays in memory for its readers and is simply not cached, so a disk that is slower than the
+network gets as much as it can take, and the network goes on. What waits is memory that the stream cannot use: the daemon has
+some in addition, or there would be none left to stage in, and the stream would wait for the disk after all.
 
 Nor is a disk waited for that does not answer at all: a job that is not written within PATIENCE_S is *given up*, for its order
 holds a connection, and while its writing has not returned nothing more is taken. What it still writes then, whenever that is,
 is verified by whoever reads it.
 
-Threads: `offer`, `ended` and `close` belong to the worker's loop, `_write_all` is the thread. They share two queues and the
-disk's rate, which the thread notes; `fd` becomes readable when `ended` has something. A job is done with once its writing has
-ended, whatever came of it, or it is given up. Must not know: HTTP, what a segment file looks like.
+Threads: `offer`, `ended` and `close` belong to the worker's loop, `_write_all` is the thread. They share two queues; `fd`
+becomes readable when `ended` has something. A job is done with once its writing has ended, whatever came of it, or it is
+given up. Must not know: HTTP, what a segment file looks like.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import queue
 import threading
@@ -30,10 +29,6 @@ from valohai_fuse.fetch.wire import Done
 
 QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 """Segments that were begun together end together: so much can come at once."""
-QUEUE_S: Final = 0.1
-"""Of a disk that writes 320 MB/s that is just as much."""
-_RATED_BYTES_MIN: Final = 1024 * 1024
-"""Less than this says more of what opening a file takes."""
 PATIENCE_S: Final = 3.0
 _CLOSE_WITHIN_S: Final = 1.0
 """The daemon kills a worker that has not ended two seconds after it was asked to."""
@@ -70,14 +65,11 @@ class WriteBehind:
         """The jobs that are waited for, and until when; in order."""
         self._given_up = 0
         """How many jobs were given up and have not ended."""
-        self._bytes_per_s = math.inf
-        """Of the last jobs; a disk is quick until it is slow."""
         self._thread: threading.Thread | None = None
 
     def offer(self, job: Job) -> bool:
         """Takes the job, unless too much is waiting already, or the disk does not answer. The first one in any case."""
-        bytes_max = min(QUEUE_BYTES_MAX, self._bytes_per_s * QUEUE_S)
-        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.byte_count > bytes_max):
+        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.byte_count > QUEUE_BYTES_MAX):
             return False
         self._waiting_bytes += job.byte_count
         self._patient[job] = time.monotonic() + PATIENCE_S
@@ -125,7 +117,6 @@ class WriteBehind:
 
     def _write_all(self) -> None:
         while (job := self._jobs.get()) is not None:
-            began_s = time.monotonic()
             try:
                 job.write()
             except OSError as error:
@@ -138,12 +129,5 @@ class WriteBehind:
                 ended = Ended(job, is_written=False, disk_error=type(bug).__name__)
             else:
                 ended = Ended(job, is_written=True)
-                self._note_rate(job.byte_count, time.monotonic() - began_s)
             self._ended.put(ended)
             os.eventfd_write(self.fd, 1)
-
-    def _note_rate(self, byte_count: int, took_s: float) -> None:
-        if byte_count >= _RATED_BYTES_MIN:
-            bytes_per_s = byte_count / max(1e-6, took_s)
-            before = self._bytes_per_s
-            self._bytes_per_s = bytes_per_s if before == math.inf else (before + bytes_per_s) / 2
