@@ -87,3 +87,11 @@ def test_who_may_wait_is_not_handed_over() -> None:
     """A program without an event loop, or a thread."""
     disk = DiskCalls(may_hang=True)
     assert disk.call(threading.get_ident) == threading.get_ident()
+
+
+def test_a_garbage_collection_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What closes files later may be called by one, in the middle of anything: the thread is there from the start."""
+    disk, done = DiskCalls(may_hang=True), threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
+    disk.later(done.set)
+    assert done.wait(10)

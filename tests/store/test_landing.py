@@ -207,7 +207,7 @@ def fill(writer: SegmentWriter, start: int, data: bytes) -> None:
     """As a transfer does it: in odd cuts, vouched for in two steps."""
     writer.map(start, start + len(data))
     for at in range(0, len(data), 10_007):
-        writer.put(start + at, data[at : at + 10_007])
+        writer.put(data[at : at + 10_007])
     if len(data) > BLOCK_BYTES:
         writer.vouch(start, start + BLOCK_BYTES)
         start, data = start + BLOCK_BYTES, data[BLOCK_BYTES:]
@@ -292,6 +292,22 @@ def copy_and_close(writer: SegmentWriter, path: str) -> None:
         writer.copy_out(path, DIRECT, "v", 0, 8 * BLOCK_BYTES)
     finally:
         writer.close()
+
+
+def test_what_somebody_else_put_there_is_not_vouched_for() -> None:
+    """A request that was given up may still write where another has put its bytes."""
+    fd = memfd(DIRECT)
+    with SegmentWriter(memory_path(fd), DIRECT, 0, "v") as writer:
+        writer.map(0, 2 * BLOCK_BYTES)
+        writer.put(bytes(2 * BLOCK_BYTES))
+        os.pwrite(fd, b"another", segment.DATA_OFFSET + BLOCK_BYTES + 17)
+        writer.vouch(0, 2 * BLOCK_BYTES)
+        with pytest.raises(ValueError, match="has not come"):
+            writer.vouch(2 * BLOCK_BYTES, 3 * BLOCK_BYTES)
+    opened = OpenSegment(fd, DIRECT, 0, never_waits=True)
+    contents = opened.refresh(nowait=False)
+    assert contents is not None
+    assert opened.read_blocks(contents, 0, memoryview(bytearray(2 * BLOCK_BYTES)), nowait=False) == 1
 
 
 def test_memory_that_was_spoilt_meanwhile_does_not_verify_in_the_file(path: str) -> None:

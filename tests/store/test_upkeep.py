@@ -84,6 +84,13 @@ def test_a_summary_is_the_survey_summed_up(
     assert found.of == {wanted: Holding(132, SIZE, ON_DISK)}
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_nothing_is_summed_up_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, missing: bool) -> None:
+    """A cache that nobody has used yet, or nobody has made."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert upkeep.summarize(str(tmp_path / "none" if missing else tmp_path)) == upkeep.Summary()
+
+
 def test_looking_leaves_no_descriptor_behind(store: SegmentStore, cache: str) -> None:
     before = os.listdir("/proc/self/fd")
     looking = upkeep.survey(cache)

@@ -130,6 +130,28 @@ def test_a_hash_of_zero_is_stored_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert segment.encode_entries(memoryview(b"x"), 5, 5) == b"\1" + bytes(7)
 
 
+@given(
+    st.integers(0, 3 * BLOCK_BYTES + 17),
+    st.lists(st.integers(0, BLOCK_BYTES + 9) | st.integers(0, 4 * BLOCK_BYTES), max_size=12),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 5),
+)
+def test_entries_of_pieces_are_those_of_the_whole(length: int, cuts: list[int], seed: int, first_block: int) -> None:
+    """However the bytes are cut."""
+    data = bytes(i * 7 % 251 for i in range(1000)) * (length // 1000 + 1)
+    data = data[:length]
+    pieces = segment.EntriesInPieces(seed, first_block * BLOCK_BYTES)
+    at = 0
+    for cut in [*cuts, length]:
+        pieces.add(data[at : at + cut])
+        at = min(length, at + cut)
+        assert pieces.stop == first_block * BLOCK_BYTES + at
+        assert len(pieces.entries) == at // BLOCK_BYTES
+    pieces.end_block()
+    pieces.end_block()
+    assert segment.pack_entries(pieces.entries) == segment.encode_entries(memoryview(data), seed, first_block)
+
+
 @pytest.mark.parametrize(
     ("size", "index", "expected"),
     [

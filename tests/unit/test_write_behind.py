@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -18,6 +20,18 @@ def behind() -> Iterator[WriteBehind]:
     behind = WriteBehind()
     yield behind
     behind.close()
+
+
+@dataclass
+class Staged:
+    """What is to be written."""
+
+    byte_count: int
+    write: Callable[[], None]
+
+
+def job(byte_count: int, write: Callable[[], None]) -> Job:
+    return Job(Staged(byte_count, write), None)
 
 
 def wait_ended(behind: WriteBehind, count: int) -> list[Ended]:
@@ -32,7 +46,7 @@ def wait_ended(behind: WriteBehind, count: int) -> list[Ended]:
 
 def test_jobs_are_written_in_order_and_told(behind: WriteBehind) -> None:
     written: list[int] = []
-    jobs = [Job(1000, lambda n=n: written.append(n), None) for n in range(5)]  # type: ignore[misc]
+    jobs = [job(1000, lambda n=n: written.append(n)) for n in range(5)]  # type: ignore[misc]
     assert all(behind.offer(job) for job in jobs)
     assert [(ended.job, ended.is_written) for ended in wait_ended(behind, 5)] == [(job, True) for job in jobs]
     assert written == [0, 1, 2, 3, 4]
@@ -46,28 +60,28 @@ def test_no_more_waits_than_the_bound(behind: WriteBehind) -> None:
     def wait() -> None:
         gate.wait(10)
 
-    large = Job(QUEUE_BYTES_MAX + 1, wait, None)
+    large = job(QUEUE_BYTES_MAX + 1, wait)
     assert behind.offer(large)
-    assert not behind.offer(Job(1, wait, None))
+    assert not behind.offer(job(1, wait))
     gate.set()
     wait_ended(behind, 1)
-    assert behind.offer(Job(1, wait, None))
+    assert behind.offer(job(1, wait))
     wait_ended(behind, 1)
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for(behind: WriteBehind) -> None:
     """What it owes is given up when its time has come, nothing is offered to it meanwhile, and its late end is no news."""
     gate = threading.Event()
-    jobs = [Job(1, lambda: assert_set(gate), None) for _ in range(2)]
+    jobs = [job(1, lambda: assert_set(gate)) for _ in range(2)]
     assert all(behind.offer(job) for job in jobs)
     give_up_at_s = behind.give_up_at_s or 0.0
     assert behind.given_up(give_up_at_s - 1) == []
     assert behind.given_up(give_up_at_s + 1) == jobs
     assert (behind.give_up_at_s, give_up_at_s > 0) == (None, True)
-    assert not behind.offer(Job(1, lambda: assert_set(gate), None))
+    assert not behind.offer(job(1, lambda: assert_set(gate)))
     gate.set()
     deadline = time.monotonic() + 10
-    while not behind.offer(after := Job(1, lambda: None, None)):
+    while not behind.offer(after := job(1, lambda: None)):
         assert time.monotonic() < deadline
         assert behind.ended() == []
     assert [ended.job for ended in wait_ended(behind, 1)] == [after]
@@ -82,7 +96,7 @@ def test_a_refusal_is_the_disks_unless_it_is_memory_that_lacks(behind: WriteBehi
         raise OSError(number, "refused")
 
     for number in (errno.ENOSPC, errno.ENOMEM):
-        assert behind.offer(Job(1, lambda number=number: refuse(number), None))  # type: ignore[misc]
+        assert behind.offer(job(1, lambda number=number: refuse(number)))  # type: ignore[misc]
     assert [(e.is_written, e.disk_error) for e in wait_ended(behind, 2)] == [(False, "refused"), (False, "")]
 
 
@@ -91,7 +105,7 @@ def test_closing_writes_what_waits() -> None:
     behind = WriteBehind()
     written: list[int] = []
     for number in range(20):
-        assert behind.offer(Job(1, lambda number=number: written.append(number), None))  # type: ignore[misc]
+        assert behind.offer(job(1, lambda number=number: written.append(number)))  # type: ignore[misc]
     behind.close()
     assert len(written) == 20
 
@@ -102,9 +116,35 @@ def test_an_unforeseen_error_costs_one_job(behind: WriteBehind) -> None:
     def fail() -> None:
         raise BufferError("cannot close exported pointers exist")
 
-    assert behind.offer(Job(1, fail, None))
-    assert behind.offer(Job(1, lambda: None, None))
+    assert behind.offer(job(1, fail))
+    assert behind.offer(job(1, lambda: None))
     assert [(ended.is_written, ended.disk_error) for ended in wait_ended(behind, 2)] == [
         (False, "BufferError"),
         (True, ""),
     ]
+
+
+def test_a_count_that_comes_late_does_not_keep_the_loop_awake(
+    behind: WriteBehind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second job was found together with the first, before the thread told of it."""
+    eventfd_write, told, gate = os.eventfd_write, threading.Event(), threading.Event()
+
+    def tell(fd: int, count: int) -> None:
+        if told.is_set():
+            assert_set(gate)
+        eventfd_write(fd, count)
+        told.set()
+
+    monkeypatch.setattr(os, "eventfd_write", tell)
+    assert behind.offer(job(1, lambda: None))
+    assert told.wait(10)
+    assert behind.offer(job(1, lambda: None))
+    deadline = time.monotonic() + 10
+    while behind._ended.qsize() < 2:
+        assert time.monotonic() < deadline
+    assert len(behind.ended()) == 2
+    gate.set()
+    assert select.select([behind.fd], [], [], 10)[0]
+    assert behind.ended() == []
+    assert not select.select([behind.fd], [], [], 0)[0]

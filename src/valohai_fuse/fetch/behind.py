@@ -16,14 +16,14 @@ given up. Must not know: HTTP, what a segment file looks like.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from valohai_fuse.fetch.wire import Done
 
@@ -34,12 +34,21 @@ _CLOSE_WITHIN_S: Final = 1.0
 """The daemon kills a worker that has not ended two seconds after it was asked to."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """One order's bytes, to be written by calling `write` (which may raise OSError)."""
+class Bytes(Protocol):
+    """`transfer.Staged`, as far as it is needed here."""
 
     byte_count: int
-    write: Callable[[], None]
+
+    def write(self) -> None:
+        """To the disk, and closes. Raises OSError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One order's bytes, to be written. What was not taken, its owner closes."""
+
+    staged: Bytes
     done: Done | None
     """What to tell the daemon afterwards; None: nobody waits to hear of it."""
 
@@ -69,9 +78,9 @@ class WriteBehind:
 
     def offer(self, job: Job) -> bool:
         """Takes the job, unless too much is waiting already, or the disk does not answer. The first one in any case."""
-        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.byte_count > QUEUE_BYTES_MAX):
+        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.staged.byte_count > QUEUE_BYTES_MAX):
             return False
-        self._waiting_bytes += job.byte_count
+        self._waiting_bytes += job.staged.byte_count
         self._patient[job] = time.monotonic() + PATIENCE_S
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_all, name="write-behind", daemon=True)
@@ -81,15 +90,14 @@ class WriteBehind:
 
     def ended(self) -> list[Ended]:
         """The jobs that have ended since the last call."""
+        # Always, whatever waits: the thread may have told of a job after the last call had already found that job, and a count
+        # that nobody takes keeps the loop awake.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
         found: list[Ended] = []
-        if self._waiting_bytes:
-            try:
-                os.eventfd_read(self.fd)
-            except BlockingIOError:
-                return found
         while not self._ended.empty():
             ended = self._ended.get()
-            self._waiting_bytes -= ended.job.byte_count
+            self._waiting_bytes -= ended.job.staged.byte_count
             if self._patient.pop(ended.job, None) is None:
                 self._given_up -= 1
             else:
@@ -118,7 +126,7 @@ class WriteBehind:
     def _write_all(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                job.write()
+                job.staged.write()
             except OSError as error:
                 # Without memory the blocks cannot be mapped, which says nothing about the disk.
                 refused = "" if error.errno == errno.ENOMEM else error.strerror or type(error).__name__

@@ -8,6 +8,7 @@ hold nothing secret.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,10 @@ import trio
 from valohai_fuse.fetch.wire import Configure, Deframer, ToPool, frame, to_pool_decoder
 from valohai_fuse.settings import child_environment
 
+log = logging.getLogger(__name__)
+
 _RECEIVE_BYTES = 256 * 1024
+_ENDS_WITHIN_S = 2.0
 
 
 class WorkerProcess:
@@ -113,12 +117,16 @@ class WorkerProcess:
                 del self._backlog[:sent]
 
     async def _reap(self) -> None:
-        """The worker ends by itself when its socket has; one that does not within two seconds is killed."""
-        with trio.move_on_after(2):
+        """The worker ends by itself when its socket has; one that does not within two seconds is killed. Who does not die of
+        that hangs in the kernel, in a disk that does not answer: it is left to whoever reaps orphans."""
+        with trio.move_on_after(_ENDS_WITHIN_S):
             await _wait_until_dead(self._pid)
             return
         os.kill(self._pid, signal.SIGKILL)
-        await _wait_until_dead(self._pid)
+        with trio.move_on_after(_ENDS_WITHIN_S):
+            await _wait_until_dead(self._pid)
+            return
+        log.warning("worker %d hangs in a system call and cannot be ended", self._pid)
 
 
 def _spawn(descriptor: int) -> int:

@@ -54,8 +54,8 @@ class Landing(Protocol):
         """Makes [start, stop) of memory ready for `put`. Raises OSError."""
         ...
 
-    def put(self, offset: int, data: bytes) -> None:
-        """Bytes to their place in memory, in any cut."""
+    def put(self, data: bytes) -> None:
+        """The next bytes to their place in memory, in any cut."""
         ...
 
     def vouch(self, offset: int, stop: int) -> None:
@@ -69,6 +69,32 @@ class Landing(Protocol):
     def close(self) -> None:
         """Idempotent."""
         ...
+
+
+class Staged:
+    """Bytes of an order that lie in memory and are to be written to their file. Has to be closed, by `write` at the latest."""
+
+    __slots__ = ("_landing", "_order", "_stop", "_version", "byte_count")
+
+    def __init__(self, order: Order, landing: Landing, version: str, stop: int) -> None:
+        self._order = order
+        self._landing = landing
+        self._version = version
+        self._stop = stop
+        self.byte_count = stop - order.start
+
+    def write(self) -> None:
+        """Writes them, in any thread, and closes. Raises OSError."""
+        order = self._order
+        key = ObjectKey(text(order.stable_id), order.size)
+        try:
+            self._landing.copy_out(os.fsdecode(order.segment_path), key, self._version, order.start, self._stop)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives descriptor and mapping back. Raises OSError; idempotent."""
+        self._landing.close()
 
 
 OpenLanding = Callable[[str, ObjectKey, int, str], Landing]
@@ -324,24 +350,13 @@ class Transfer:
         """Since the order arrived here."""
         return now_s - self._started_at_s
 
-    def take_landed(self) -> tuple[int, Callable[[], None]] | None:
-        """Of a staged order that has landed anything: how many bytes, and what writes them to their file (any thread, raises
-        OSError). The transfer lands nothing after that."""
+    def take_staged(self) -> Staged | None:
+        """What has landed of a staged order, if anything has; the transfer lands nothing after that."""
         order, landing = self.order, self._landing
-        byte_count = self._landed_upto - order.start
-        if not order.staging_path or landing is None or byte_count == 0:
+        if not order.staging_path or landing is None or self._landed_upto == order.start:
             return None
         self._landing = None
-        key = ObjectKey(text(order.stable_id), order.size)
-        version, path, stop = self.version, os.fsdecode(order.segment_path), self._landed_upto
-
-        def write() -> None:
-            try:
-                landing.copy_out(path, key, version, order.start, stop)
-            finally:
-                landing.close()
-
-        return byte_count, write
+        return Staged(order, landing, self.version, self._landed_upto)
 
     def close(self) -> None:
         """Lets go of the segment file. Raises OSError (network file systems write late); a second call does nothing."""
@@ -448,10 +463,8 @@ class Transfer:
     def _put(self, chunks: list[bytes]) -> None:
         """Straight to their place in memory, each byte copied once."""
         landing = self._opened_landing()
-        at = self._landed_upto + self._pending_bytes
         for chunk in chunks:
-            landing.put(at, chunk)
-            at += len(chunk)
+            landing.put(chunk)
 
 
 def _header_line(name: bytes, value: bytes) -> bytes:

@@ -29,7 +29,7 @@ from valohai_fuse import __version__
 from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.fetch.behind import Job, WriteBehind
 from valohai_fuse.fetch.response import Rejected
-from valohai_fuse.fetch.transfer import OpenLanding, Transfer, first_byte_s
+from valohai_fuse.fetch.transfer import OpenLanding, Staged, Transfer, first_byte_s
 from valohai_fuse.fetch.wire import (
     Cancel,
     Cancelled,
@@ -285,7 +285,7 @@ class Worker:
             self._fail(transfer, _disk(error))
 
     def _done(self, transfer: Transfer, now_s: float) -> None:
-        landed = transfer.take_landed()
+        staged = transfer.take_staged()
         transfer.close()
         done = Done(
             id=transfer.order.id,
@@ -297,13 +297,21 @@ class Worker:
             disk_wait_s=transfer.disk_wait_s,
         )
         self._release(transfer)
-        if landed is not None:
+        if staged is not None:
             # Readers go on at once; the order is over when the disk has it, for until then its memory is needed.
             self._post(Landed(id=done.id, upto=transfer.order.stop, version=done.version))
-            if self._behind.offer(Job(*landed, done)):
+            if self._write_behind(staged, done):
                 return
             done = msgspec.structs.replace(done, is_kept=False)
         self._post(done)
+
+    def _write_behind(self, staged: Staged, done: Done | None) -> bool:
+        """Whether it will be written; if not, it stays uncached."""
+        if self._behind.offer(Job(staged, done)):
+            return True
+        with contextlib.suppress(OSError):  # memory's file, of which nothing is expected any more
+            staged.close()
+        return False
 
     def _tell_written(self) -> None:
         for ended in self._behind.ended():
@@ -330,8 +338,8 @@ class Worker:
         del self._transfers[transfer.order.id]
         del self._by_curl[transfer.curl]
         self._multi.remove_handle(transfer.curl)
-        if (landed := transfer.take_landed()) is not None:  # of an order that failed or is not wanted any more
-            self._behind.offer(Job(*landed, None))
+        if (staged := transfer.take_staged()) is not None:  # of an order that failed or is not wanted any more
+            self._write_behind(staged, None)
         if transfer.single_use:
             transfer.curl.close()
         else:

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
 
@@ -168,4 +169,53 @@ def encode_entries(data: memoryview, seed: int, block_number: int) -> bytes:
         block_entry(data[at : at + BLOCK_BYTES], seed, block_number + nth)
         for nth, at in enumerate(range(0, len(data), BLOCK_BYTES))
     ]
+    return pack_entries(entries)
+
+
+def pack_entries(entries: Sequence[int]) -> bytes:
+    """Table entries as they stand in the file."""
     return struct.pack(f"<{len(entries)}Q", *entries)
+
+
+class EntriesInPieces:
+    """The entries of consecutive blocks whose bytes come in pieces, in order: as `block_entry` makes them of whole blocks."""
+
+    __slots__ = ("_block_number", "_hash", "_seed", "_wanted_bytes", "entries", "stop")
+
+    def __init__(self, seed: int, start: int) -> None:
+        """`start`: where in the object the first piece begins, a block's start."""
+        self._seed = seed
+        self._block_number = start // BLOCK_BYTES
+        self._hash: xxh3_64 | None = None
+        self._wanted_bytes = 0
+        """Of the block that is not whole."""
+        self.stop = start
+        """Where in the object the next piece begins."""
+        self.entries: list[int] = []
+        """Of the blocks that are whole."""
+
+    def add(self, data: bytes) -> None:
+        """The next piece."""
+        self.stop += len(data)
+        if self._hash is not None and len(data) < self._wanted_bytes:  # by far the most frequent
+            self._hash.update(data)
+            self._wanted_bytes -= len(data)
+            return
+        rest = memoryview(data)
+        while rest:
+            if self._hash is None:
+                self._hash = xxh3_64(seed=(self._seed + self._block_number) & _UINT64_MAX)
+                self._wanted_bytes = BLOCK_BYTES
+            piece = rest[: self._wanted_bytes]
+            self._hash.update(piece)
+            self._wanted_bytes -= len(piece)
+            rest = rest[len(piece) :]
+            if not self._wanted_bytes:
+                self.end_block()
+
+    def end_block(self) -> None:
+        """What came of the last block is all of it: an object's last one is short. Does nothing between blocks."""
+        if self._hash is not None:
+            self.entries.append(self._hash.intdigest() or 1)
+            self._hash = None
+            self._block_number += 1

@@ -53,9 +53,11 @@ class DiskCalls:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self.stuck = False
         """Whether it owes an answer."""
+        if may_hang:
+            # Now, for later may be a garbage collection, which is no place to start a thread, or two at once.
+            threading.Thread(target=self._answer, name="disk-calls", daemon=True).start()
 
     def call(self, ask: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """What `ask` returns or raises; NotAnsweringError when that takes too long, or the disk is stuck anyway.
@@ -94,9 +96,6 @@ class DiskCalls:
     def _hand_over(self, ask: Callable[[], object]) -> _Call:
         call = _Call(ask)
         self._calls.put(call)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._answer, name="disk-calls", daemon=True)
-            self._thread.start()
         return call
 
     def _answer(self) -> None:

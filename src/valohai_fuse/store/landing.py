@@ -12,7 +12,8 @@ What is found at the path decides how a writer starts:
 - anything else (torn, rotten): header and an empty table are written over it. Not unlinked, for two writers who meet the
   same rubbish would unlink each other's new file.
 
-What lands in a memory segment is written to its file later, from there (`copy_out`). Directly (O_DIRECT), where the file
+What lands in a memory segment is hashed as it comes, not as it lies there: whoever else writes to that memory cannot have
+his bytes vouched for. It is written to its file later, from there (`copy_out`). Directly (O_DIRECT), where the file
 system can: the bytes were served from memory, and a second copy of them in the page cache costs more than everything else
 on the way. Nobody waits for that write but the thread that makes it.
 
@@ -67,7 +68,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 class SegmentWriter:
     """Writes blocks of one version of one object into one segment file. One thread uses it at a time."""
 
-    __slots__ = ("_fd", "_first_block", "_mapped", "_mapped_start", "_seed", "_size", "_start", "_stop")
+    __slots__ = ("_came", "_fd", "_first_block", "_mapped", "_mapped_start", "_seed", "_size", "_start", "_stop")
 
     def __init__(self, path: str, key: ObjectKey, segment_index: int, version: Version) -> None:
         """Opens the segment at `path`, making or replacing the file where needed.
@@ -78,6 +79,8 @@ class SegmentWriter:
         self._fd = -1
         self._mapped: mmap.mmap | None = None
         self._mapped_start = 0
+        self._came: segment.EntriesInPieces | None = None
+        """What vouches for that which was put into the mapped memory."""
         length = segment.segment_bytes(key.size, segment_index)
         if length == 0:
             raise ValueError(f"an object of {key.size} bytes has no segment {segment_index}")
@@ -102,7 +105,7 @@ class SegmentWriter:
         view = memoryview(data)
         self._check(offset, offset + len(view))
         write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
-        self._vouch(offset, view)
+        self._vouch(offset, segment.encode_entries(view, self._seed, offset // BLOCK_BYTES))
 
     def _check(self, offset: int, stop: int) -> None:
         if offset % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != self._size) or stop <= offset:
@@ -110,10 +113,8 @@ class SegmentWriter:
         if not self._start <= offset < stop <= self._stop:
             raise ValueError(f"not in this segment: [{offset}, {stop})")
 
-    def _vouch(self, offset: int, blocks: memoryview) -> None:
-        block_number = offset // BLOCK_BYTES
-        entries = segment.encode_entries(blocks, self._seed, block_number)
-        write_all(self._fd, entries, segment.entry_offset(block_number - self._first_block))
+    def _vouch(self, offset: int, entries: bytes) -> None:
+        write_all(self._fd, entries, segment.entry_offset(offset // BLOCK_BYTES - self._first_block))
 
     def map(self, start: int, stop: int) -> None:
         """Makes room to `put` bytes [start, stop) of the object, whole blocks, straight into this memory segment.
@@ -123,31 +124,41 @@ class SegmentWriter:
         self._check(start, stop)
         self._mapped = mmap.mmap(self._fd, stop - start, _MAPPED, offset=segment.DATA_OFFSET + start - self._start)
         self._mapped_start = start
+        self._came = segment.EntriesInPieces(self._seed, start)
 
-    def put(self, offset: int, data: bytes) -> None:
-        """Copies bytes to their place; nobody sees them before `vouch`. Any cut, within what is mapped."""
-        assert self._mapped is not None, "map() comes first"
-        at = offset - self._mapped_start
+    def put(self, data: bytes) -> None:
+        """Copies the next bytes to their place; nobody sees them before `vouch`. Any cut, from the start of what is mapped on."""
+        assert self._mapped is not None and self._came is not None, "map() comes first"
+        at = self._came.stop - self._mapped_start
         self._mapped[at : at + len(data)] = data
+        self._came.add(data)
 
     def vouch(self, offset: int, stop: int) -> None:
         """Makes the whole blocks [offset, stop), which were put there, present. Raises as `land`."""
-        assert self._mapped is not None, "map() comes first"
         self._check(offset, stop)
-        with memoryview(self._mapped) as mapped:
-            self._vouch(offset, mapped[offset - self._mapped_start : stop - self._mapped_start])
+        self._vouch(offset, self._entries(offset, stop))
+
+    def _entries(self, start: int, stop: int) -> bytes:
+        came = self._came
+        assert came is not None, "map() comes first"
+        if stop > came.stop:
+            raise ValueError(f"[{start}, {stop}) has not come")
+        if stop == self._size:
+            came.end_block()
+        first = (start - self._mapped_start) // BLOCK_BYTES
+        return segment.pack_entries(came.entries[first : first + segment.blocks_in(stop - start)])
 
     def copy_out(self, path: str, key: ObjectKey, version: Version, start: int, stop: int) -> None:
         """Writes blocks [start, stop) of the object, which have landed in this memory segment where it is mapped, to the
-        segment file at `path`, entries included as they were landed: should anybody spoil the memory meanwhile, the file's
-        block does not verify.
+        segment file at `path`, with the entries of what came: should anybody spoil the memory meanwhile, the file's block does
+        not verify.
 
         Raises OSError as the disk gave it.
         """
         assert self._mapped is not None, "map() comes first"
         offset = segment.DATA_OFFSET + start - self._start
         first = start // BLOCK_BYTES - self._first_block
-        entries = os.pread(self._fd, segment.ENTRY_BYTES * segment.blocks_in(stop - start), segment.entry_offset(first))
+        entries = self._entries(start, stop)
         with (
             SegmentWriter(path, key, self._start // SEGMENT_BYTES, version) as file,
             memoryview(self._mapped) as mapped,

@@ -117,7 +117,7 @@ def summarize(cache_dir: str, wanted: AbstractSet[str] = frozenset()) -> Summary
     there are processors; for a program without threads."""
     parts = fan_outs(cache_dir)
     several = min(_PROCESSES_MAX, len(os.sched_getaffinity(0)))
-    if several == 1 or len(parts) * _files_in(cache_dir, parts[0]) < _ALONE_MAX:
+    if several == 1 or not parts or len(parts) * _files_in(cache_dir, parts[0]) < _ALONE_MAX:
         return _summarize(cache_dir, wanted, parts)
     found = Summary()
     forked = multiprocessing.get_context("fork")
