@@ -215,8 +215,11 @@ class BlockStore(Protocol):
     """Blocks on disk. What it returns was verified on this very read; absence is normal at any moment; nothing raises on a
     sick disk, it is absence (and a WARNING)."""
 
-    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
-        """The bytes of `extent` (any alignment, any segments) without ever waiting for a disk."""
+    def read_nowait(
+        self, key: ObjectKey, version: Version, extent: Extent, *, lend: bool = False
+    ) -> bytes | bytearray | memoryview | NotHere:
+        """The bytes of `extent` (any alignment, any segments) without ever waiting for a disk. `lend`: they may lie in memory
+        that is used again, and are good until the caller awaits anything."""
         ...
 
     async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:

@@ -80,8 +80,10 @@ def ramp(start: int, stop: int) -> bytes:
 
 
 def read(store: BlockStore, key: ObjectKey, version: Version, extent: Extent) -> bytes | NotHere:
-    """By `read_nowait`, and where that is cold by `read`; the two must not differ otherwise."""
+    """By `read_nowait`, lent and given, and where that is cold by `read`; they must not differ otherwise."""
+    lent = store.read_nowait(key, version, extent, lend=True)
     now = store.read_nowait(key, version, extent)
+    assert lent == now
     later = trio.run(store.read, key, version, extent)
     assert later is not COLD
     if now is not COLD:

@@ -14,7 +14,7 @@ import trio
 from valohai_fuse.model import segment
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
-from valohai_fuse.ports import ABSENT, LandingPlace, NotHere, ObjectKey
+from valohai_fuse.ports import ABSENT, COLD, LandingPlace, NotHere, ObjectKey
 from valohai_fuse.store.landing import SegmentWriter, is_memory_path
 from valohai_fuse.store.places import ABANDONED_S, STAGED_IDLE_S
 from valohai_fuse.store.room import Room
@@ -187,6 +187,43 @@ def test_what_was_given_up_may_still_be_written(tmp_path: Path, clock: Clock, mo
         store.close()
 
     trio.run(main)
+
+
+def test_what_is_lent_is_not_copied_and_what_is_given_stays(store: SegmentStore) -> None:
+    """A reader passes lent bytes on before the memory can be used again; everybody else has his own."""
+
+    async def main() -> None:
+        async with landed(store, nth(0)), landed(store, nth(1)):
+            pass
+        given, lent = (store.read_nowait(KEY, "v", nth(0), lend=lend) for lend in (False, True))
+        assert isinstance(lent, memoryview)
+        assert lent.readonly
+        assert bytes(given) == bytes(lent) == content(nth(0))  # type: ignore[arg-type]
+        async with landed(store, nth(2)):
+            pass
+        assert bytes(lent) == content(nth(2)), "this test is about the same memory"
+        assert bytes(given) == content(nth(0))  # type: ignore[arg-type]
+        part = Extent(nth(2).start + 17, nth(2).start + 5 * BLOCK_BYTES + 1)
+        assert store.read_nowait(KEY, "v", part, lend=True) == content(nth(2))[: len(part)]
+
+    trio.run(main)
+
+
+def test_what_is_spoilt_in_memory_is_not_lent(store: SegmentStore, caplog: pytest.LogCaptureFixture) -> None:
+    """It is looked into in a thread, and is absent then."""
+
+    async def main() -> None:
+        async with landed(store, nth(0)) as place:
+            memory = os.open(place.staging_path, os.O_WRONLY)
+            os.pwrite(memory, b"another", segment.DATA_OFFSET + 3 * BLOCK_BYTES + 17)
+            os.close(memory)
+        assert store.read_nowait(KEY, "v", nth(0), lend=True) is COLD
+        assert await store.read(KEY, "v", nth(0)) is ABSENT
+        sound = Extent(0, 3 * BLOCK_BYTES)
+        assert store.read_nowait(KEY, "v", sound, lend=True) == content(sound)
+
+    trio.run(main)
+    assert "block 3 of cache file" in caplog.text
 
 
 def test_another_version_in_memory_is_not_served(store: SegmentStore) -> None:

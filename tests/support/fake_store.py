@@ -83,8 +83,8 @@ class FakeBlockStore:
 
     # --- the port -----------------------------------------------------------------------------------------------------
 
-    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | NotHere:
-        """See `ports.BlockStore`."""
+    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent, *, lend: bool = False) -> bytes | NotHere:
+        """See `ports.BlockStore`; lends nothing."""
         self.reads_nowait += 1
         found = self._read(key, version, extent)
         return COLD if self.cold and isinstance(found, bytes) and found else found

@@ -1,6 +1,7 @@
 """Reads: exactly the bytes asked for (fewer only at the end of the file), or an error from `errors.py` within the deadline.
 
-A hit awaits nothing: plan, look into the store, return. A miss begins the flights it needs synchronously and then waits for
+A hit awaits nothing: plan, look into the store, return. What is returned may be lent by the store: whoever reads passes it on
+before the next await. A miss begins the flights it needs synchronously and then waits for
 its own bytes only. After they have landed the store is asked again, and only what it verified is returned; should a block
 have vanished meanwhile (evicted, damaged), it is fetched again, a bounded number of times.
 
@@ -162,7 +163,7 @@ class Reader:
         if not self._version_known(obj, extent.start):
             return ABSENT
         assert obj.version is not None
-        return self._store.read_nowait(obj.key, obj.version, extent)
+        return self._store.read_nowait(obj.key, obj.version, extent, lend=True)
 
     def _version_known(self, obj: RemoteObject, offset: int) -> bool:
         """Whether the version is pinned; the cache may pin it, unless the store has contradicted the cache."""

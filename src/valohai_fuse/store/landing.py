@@ -128,7 +128,8 @@ class SegmentWriter:
 
     def put(self, data: bytes) -> None:
         """Copies the next bytes to their place; nobody sees them before `vouch`. Any cut, from the start of what is mapped on."""
-        assert self._mapped is not None and self._came is not None, "map() comes first"
+        assert self._mapped is not None, "map() comes first"
+        assert self._came is not None
         at = self._came.stop - self._mapped_start
         self._mapped[at : at + len(data)] = data
         self._came.add(data)

@@ -16,6 +16,7 @@ Not thread-safe: the store calls this under its lock.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ from valohai_fuse.store.opened import OpenSegment
 
 SEGMENTS_MAX = 256
 """Each costs a descriptor, so small objects are bounded by number."""
+_MAPPED_BYTES_MIN = 1024 * 1024
+"""A mapping takes a descriptor more. From this on what is read is not copied (`OpenSegment.lend_blocks`)."""
 _FULL_BYTES = segment.PAGE_BYTES + SEGMENT_BYTES
 
 _Place = tuple[ObjectKey, int]
@@ -78,10 +81,10 @@ class MemorySegments:
         held = self._held.get((key, index))
         if held is None:
             wanted = segment.PAGE_BYTES + segment.segment_bytes(key.size, index)
-            fits, fd = self._make_room(wanted)
+            fits, used = self._make_room(wanted)
             if not fits and not stands_in:
                 return None
-            opened = _new_segment(fd, key, index)
+            opened = _new_segment(key, index, used)
             held = self._held[key, index] = _Held(opened, wanted)
             self.bytes_when_full += wanted
         held.pins += 1
@@ -123,19 +126,16 @@ class MemorySegments:
         self.bytes_when_full -= held.bytes_when_full
         return held
 
-    def _make_room(self, wanted: int) -> tuple[bool, int]:
-        """Forgets segments until `wanted` bytes fit: whether they do, and a full-sized memfd to use again, or -1."""
-        fd = -1
+    def _make_room(self, wanted: int) -> tuple[bool, OpenSegment | None]:
+        """Forgets segments until `wanted` bytes fit: whether they do, and one of full size whose memory may be used again."""
         while self._held and (self.bytes_when_full + wanted > self.bytes_max or len(self._held) >= SEGMENTS_MAX):
             place = self._victim()
             if place is None:
-                return False, -1
+                return False, None
             held = self._drop(place)
             if held.bytes_when_full == wanted == _FULL_BYTES:
-                fd = os.dup(held.opened.fd)  # the old one is closed with its last reader
-                os.set_inheritable(fd, False)
-                break
-        return True, fd
+                return True, held.opened
+        return True, None
 
     def _victim(self) -> _Place | None:
         while self._read:
@@ -146,14 +146,21 @@ class MemorySegments:
         return next((place for place, held in self._held.items() if not held.pins), None)
 
 
-def _new_segment(fd: int, key: ObjectKey, index: int) -> OpenSegment:
-    """A segment without a block, whose header says whose it is; in the memfd `fd`, which it takes over, or a new one."""
-    if fd < 0:
+def _new_segment(key: ObjectKey, index: int, used: OpenSegment | None) -> OpenSegment:
+    """A segment without a block, whose header says whose it is; in the memory of `used`, or in new memory."""
+    if used is not None:
+        fd = os.dup(used.fd)  # the old one is closed with its last reader
+        os.set_inheritable(fd, False)
+        opened = OpenSegment(fd, key, index, never_waits=True)
+        opened.mapped = used.mapped
+    else:
         fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, segment.PAGE_BYTES + segment.segment_bytes(key.size, index))
-        fcntl.fcntl(
-            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK
-        )  # a worker has it mapped: a page that is gone would kill it
-    opened = OpenSegment(fd, key, index, never_waits=True)
+        opened = OpenSegment(fd, key, index, never_waits=True)
+        length = segment.PAGE_BYTES + segment.segment_bytes(key.size, index)
+        os.ftruncate(fd, length)
+        # Workers and we have it mapped: a page that is gone would kill us.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        if length >= _MAPPED_BYTES_MIN:
+            opened.mapped = memoryview(mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ))
     os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
     return opened

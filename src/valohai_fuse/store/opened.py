@@ -59,6 +59,7 @@ class OpenSegment:
         "file_id",
         "index",
         "key",
+        "mapped",
         "never_waits",
         "read_at_s",
         "used",
@@ -79,6 +80,8 @@ class OpenSegment:
         self.read_at_s = 0.0
         """When it was last read, by the store's monotonic clock."""
         self.file_id: tuple[int, int] | None = None
+        self.mapped: memoryview | None = None
+        """The whole of it, where that is memory that cannot shrink."""
         self.contents: Contents | None = None
         self._first_block = index * SEGMENT_BLOCKS
         self._header = b""
@@ -145,10 +148,27 @@ class OpenSegment:
             if nowait:
                 raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
             read = self._pread_rest(into, read, segment.DATA_OFFSET + first * BLOCK_BYTES)
+        return self._first_bad(contents, first, into, read)
+
+    def lend_blocks(self, contents: Contents, first: int, byte_count: int) -> memoryview | None:
+        """The same without a copy, of a segment in memory: good as long as nobody else may land in it. None for a file.
+
+        Raises BlockingIOError when a block is not what its entry says.
+        """
+        if self.mapped is None:
+            return None
+        start = segment.DATA_OFFSET + first * BLOCK_BYTES
+        lent = self.mapped[start : start + byte_count]
+        if self._first_bad(contents, first, lent, byte_count) is not None:
+            raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread")
+        return lent
+
+    def _first_bad(self, contents: Contents, first: int, blocks: memoryview, read: int) -> int | None:
         entries, seed, first_number = contents.entries, contents.seed, self._first_block
+        wanted = len(blocks)
         for nth, at in enumerate(range(0, wanted, BLOCK_BYTES), first):
             stop = min(at + BLOCK_BYTES, wanted)
-            if stop > read or segment.block_entry(into[at:stop], seed, first_number + nth) != entries[nth]:
+            if stop > read or segment.block_entry(blocks[at:stop], seed, first_number + nth) != entries[nth]:
                 return nth
         return None
 

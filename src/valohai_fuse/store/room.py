@@ -26,6 +26,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -143,6 +144,20 @@ class Room:
                 if self._fruitless >= give_up:
                     return False
         return False
+
+    @contextlib.asynccontextmanager
+    async def taken(self, byte_count: int, *, patience_s: float, given_up_after_s: float = 0.0) -> AsyncIterator[bool]:
+        """Takes room while the block runs, as `reserve_soon` does; says whether there was any. `given_up_after_s`: so much later
+        it is given back where the block ends badly."""
+        if not self.reserve(byte_count) and not await self.reserve_soon(byte_count, patience_s):
+            yield False
+            return
+        try:
+            yield True
+        except BaseException:
+            self.release(byte_count, after_s=given_up_after_s)
+            raise
+        self.release(byte_count)
 
     def release(self, byte_count: int, *, after_s: float = 0.0) -> None:
         """The fetch for which room was taken is over; what it landed is the directory's. `after_s`: something of it may still

@@ -20,6 +20,7 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +63,10 @@ class _Run(NamedTuple):
     first: int
     start: int
     stop: int
+
+    def lent(self) -> memoryview | None:
+        """See `OpenSegment.lend_blocks`."""
+        return self.opened.lend_blocks(self.contents, self.first, self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +160,12 @@ class SegmentStore:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+    def read_nowait(
+        self, key: ObjectKey, version: Version, extent: Extent, *, lend: bool = False
+    ) -> bytes | bytearray | memoryview | NotHere:
         """The bytes of `extent`, if that needs no waiting for the disk; see `ports.BlockStore`."""
         try:
-            return self._read(key, version, extent, nowait=True)
+            return self._read(key, version, extent, nowait=True, lend=lend)
         except BlockingIOError:
             return COLD
 
@@ -185,7 +192,7 @@ class SegmentStore:
         return self._read(key, version, extent, nowait=False)
 
     def _read(
-        self, key: ObjectKey, version: Version, extent: Extent, *, nowait: bool
+        self, key: ObjectKey, version: Version, extent: Extent, *, nowait: bool, lend: bool = False
     ) -> bytes | bytearray | memoryview | NotHere:
         start, stop = block_floor(extent.start), block_ceil(extent.stop, key.size)
         if extent.start >= min(extent.stop, key.size):
@@ -194,6 +201,9 @@ class SegmentStore:
             runs = self._plan(key, version, start, stop, nowait=nowait)
             if isinstance(runs, NotHere):
                 return runs
+            if lend and len(runs) == 1 and (lent := runs[0].lent()) is not None:
+                self._note_read(runs[0])
+                return lent[extent.start - start : extent.stop - start]
             buffer = bytearray(stop - start)
             if self._fill(runs, memoryview(buffer), start, nowait=nowait):
                 if extent.start == start and extent.stop >= stop:
@@ -258,9 +268,7 @@ class SegmentStore:
                     self._ask_disk(run, len(view))
                 bad = run.opened.read_blocks(run.contents, run.first, view, nowait=nowait)
                 if bad is None:
-                    self._places.mark_used(run.opened)
-                    if run.opened.note_read(run.start, run.stop):
-                        self._places.note_read_to_end(run.opened)
+                    self._note_read(run)
                     continue
                 if not nowait:
                     self._places.distrust(run.opened, run.contents, bad)
@@ -271,6 +279,11 @@ class SegmentStore:
                 raise BlockingIOError(errno.EAGAIN, "to be looked into in a thread")
             return False
         return True
+
+    def _note_read(self, run: _Run) -> None:
+        self._places.mark_used(run.opened)
+        if run.opened.note_read(run.start, run.stop):
+            self._places.note_read_to_end(run.opened)
 
     def _ask_disk(self, run: _Run, byte_count: int) -> None:
         """Has the disk read what is about to be read, and what a sequential reader wants next, also from the next file: by the
@@ -409,7 +422,7 @@ class SegmentStore:
                 return
             charged_s = 0.0 if staging else self._pace.begin(len(extent))
             try:
-                async with self._with_room(len(extent), ahead=ahead, staged=bool(staging)) as granted:
+                async with self._taken(len(extent), ahead=ahead, staged=bool(staging)) as granted:
                     if granted:
                         yield LandingPlace(path, staging)
                     elif ahead:
@@ -420,26 +433,16 @@ class SegmentStore:
             finally:
                 self._pace.end(charged_s)
 
-    @contextlib.asynccontextmanager
-    async def _with_room(self, byte_count: int, *, ahead: bool, staged: bool) -> AsyncIterator[bool]:
-        """Takes room on the disk for `byte_count` bytes of one segment while the block runs; says whether there was any.
-
-        What was `staged` and then given up may still be on its way to the disk when the block is over.
-        """
+    def _taken(self, byte_count: int, *, ahead: bool, staged: bool) -> AbstractAsyncContextManager[bool]:
+        """Room on the disk for `byte_count` bytes of one segment while the block runs, and whether there was any. What was
+        `staged` and then given up may still be on its way to the disk when the block is over."""
         if self._room is None:
-            yield True
-            return
-        wanted_bytes = segment.bytes_on_disk_max(byte_count)
-        patience_s = _ROOM_PATIENCE_AHEAD_S if ahead else ROOM_PATIENCE_S
-        if not self._room.reserve(wanted_bytes) and not await self._room.reserve_soon(wanted_bytes, patience_s):
-            yield False
-            return
-        try:
-            yield True
-        except BaseException:
-            self._room.release(wanted_bytes, after_s=ABANDONED_S if staged else 0.0)
-            raise
-        self._room.release(wanted_bytes)
+            return contextlib.nullcontext(enter_result=True)
+        return self._room.taken(
+            segment.bytes_on_disk_max(byte_count),
+            patience_s=_ROOM_PATIENCE_AHEAD_S if ahead else ROOM_PATIENCE_S,
+            given_up_after_s=ABANDONED_S if staged else 0.0,
+        )
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
         """See `ports.BlockStore`."""
