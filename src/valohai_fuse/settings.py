@@ -219,7 +219,7 @@ OPTIONS: tuple[Option, ...] = (
         "How far ahead of a sequential reader to fetch at the most; 0 turns it off.",
     ),
     _option(
-        "readahead_total", "reading", "128M", parse_bytes, "SIZE", "The same for all readers of one mount together."
+        "readahead_total", "reading", "96M", parse_bytes, "SIZE", "The same for all readers of one mount together."
     ),
     _option(
         "background_fill",

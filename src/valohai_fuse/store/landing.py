@@ -44,7 +44,6 @@ MEMORY_NAME = "valohai-fuse-segment"
 
 _DIRECT_BYTES_MIN = 512 * 1024
 """Less than this is written through the page cache: a direct write waits for the device each time."""
-_DIRECT_PIECE_BYTES = 1024 * 1024
 
 
 def is_memory_path(path: str) -> bool:
@@ -273,7 +272,7 @@ def _write_directly(fd: int, data: memoryview, offset: int) -> int:
     at = 0
     try:
         while at < len(data):
-            written = os.pwrite(fd, data[at : at + _DIRECT_PIECE_BYTES], offset + at)
+            written = os.pwrite(fd, data[at:], offset + at)
             at += written
             if not written or written % segment.PAGE_BYTES:
                 break

@@ -23,7 +23,7 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey, Version
 
-AHEAD_BYTES = 4 * 1024 * 1024
+AHEAD_BYTES = SEGMENT_BYTES
 """So far ahead of a reader that goes on where it was the disk is asked to read. A block device's own readahead is 128 KiB,
 and begins anew with each segment's file."""
 _END_OFFSET = segment.DATA_OFFSET + SEGMENT_BYTES
