@@ -75,6 +75,8 @@ class Segment(NamedTuple):
     used_at_ns: int
     name: str
     bytes_on_disk: int
+    length: int = 0
+    """Bytes of the file, holes included."""
 
 
 class Oldest:

@@ -36,11 +36,6 @@ WINDOW_GROWTH = 2
 """The window is this many times what was read in sequence: a stream that stops costs at most twice as much again, and five
 round trips until the window hides one have become three."""
 
-PROVEN_RUN_BYTES = 2 * 1024 * 1024
-PROVEN_WINDOW_GROWTH = 4
-"""From there on: who has read so much in sequence is after the whole file. One round trip less; a connection that is new
-costs two."""
-
 REORDER_BYTES = 2 * 1024 * 1024
 """How far behind the cursor a late piece of the kernel's readahead may lie (two of its 1 MiB windows)."""
 
@@ -139,8 +134,7 @@ class Planner:
         nothing = Extent(demand.stop, demand.stop)
         if stream.run_bytes < TRUSTED_RUN_BYTES or self.window_bytes_max <= 0:
             return nothing
-        growth = WINDOW_GROWTH if stream.run_bytes < PROVEN_RUN_BYTES else PROVEN_WINDOW_GROWTH
-        window = min(self.window_bytes_max, max(WINDOW_BYTES_MIN, growth * stream.run_bytes))
+        window = min(self.window_bytes_max, max(WINDOW_BYTES_MIN, WINDOW_GROWTH * stream.run_bytes))
         if planned - stream.cursor > max(window // 2, window - SEGMENT_BYTES) or planned >= self._size:
             return nothing
         target = min(stream.cursor + window, self._size)

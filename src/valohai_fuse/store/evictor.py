@@ -84,7 +84,8 @@ def scan_fan_out(cache_dir: str, fan_out: str) -> Iterator[Segment]:
                 found = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
-            yield Segment(found.st_mtime_ns, f"{fan_out}/{entry.name}", found.st_blocks * _SECTOR_BYTES)
+            name = f"{fan_out}/{entry.name}"
+            yield Segment(found.st_mtime_ns, name, found.st_blocks * _SECTOR_BYTES, found.st_size)
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:
