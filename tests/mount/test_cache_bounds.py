@@ -54,10 +54,11 @@ class Peak:
 
 
 def test_the_bound_holds_at_every_moment(mount_inputs: MountInputs) -> None:
-    """Eight readers of ten times the bound: never more than 2 % above it on the disk, and every byte right."""
-    bound = 48 * MIB
-    files = {f"{n}.bin": ramp(60 * MIB + n * 1000) for n in range(8)}
-    mounted = mount_inputs({"data": files}, options=("--cache-max-size=48M", "--cache-min-free=0"))
+    """Eight readers of ten times the bound, which holds one segment of each: never more than 2 % above it on the disk, every
+    byte right, and what was fetched ahead is still there when its reader comes."""
+    bound = 64 * MIB
+    files = {f"{n}.bin": ramp(80 * MIB + n * 1000) for n in range(8)}
+    mounted = mount_inputs({"data": files}, options=("--cache-max-size=64M", "--cache-min-free=0"))
     with Peak(mounted.cache_dir).watched() as peak, ThreadPoolExecutor(8) as readers:
 
         def read(name: str) -> bool:
@@ -69,7 +70,7 @@ def test_the_bound_holds_at_every_moment(mount_inputs: MountInputs) -> None:
     assert peak.bytes_max <= 1.02 * bound
     assert peak.bytes_max > bound // 2, "the cache is used"
     total = sum(content.size for content in files.values())
-    assert mounted.sent_bytes() < 1.2 * total, "what was fetched ahead was still there when the reader came"
+    assert mounted.sent_bytes() < 1.1 * total
 
 
 def test_a_file_larger_than_the_cache_streams_through(mount_inputs: MountInputs) -> None:

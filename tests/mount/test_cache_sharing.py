@@ -12,7 +12,12 @@ import pytest
 
 from support import ssh
 from support.mounts import MountedSandbox, OtherExecution, read_elsewhere, run_cli
+from valohai_fuse.model import segment
+from valohai_fuse.model.extents import BLOCK_BYTES
+from valohai_fuse.ports import ObjectKey
 from valohai_fuse.sandbox import Sandbox, ramp
+from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.store.opened import OpenSegment
 
 MIB = 1024 * 1024
 SIZE = 40 * MIB + 777
@@ -80,6 +85,36 @@ def test_on_a_network_file_system(own_directories: Path) -> None:
                 assert mounted.unmount().returncode == 0
                 assert mounted.mount().returncode == 0
                 assert all(is_right(mounted, name) for name in FILES)
+
+
+@pytest.mark.skipif(not ssh.is_installed(), reason="needs sshfs and sshd")
+def test_what_the_kernel_has_may_be_older_than_what_another_host_wrote(own_directories: Path) -> None:
+    """It has read ahead where nothing was yet. Once another host has landed its block there the block is read all the same:
+    to distrust it would take it from all hosts."""
+    shared = own_directories / "shared"
+    shared.mkdir()
+    key, block = ObjectKey("datum:x", 2 * BLOCK_BYTES), b"x" * BLOCK_BYTES
+    name = "segment"
+
+    def land(offset: int) -> None:
+        with SegmentWriter(str(shared / name), key, 0, "v") as writer:
+            writer.land(offset, block)
+
+    land(BLOCK_BYTES)
+    with contextlib.ExitStack() as stack:
+        options = stack.enter_context(ssh.server(own_directories / "ssh"))
+        host = stack.enter_context(ssh.mounted(options, shared, own_directories / "host"))
+        here = OpenSegment.open(str(host.mountpoint / name), key, 0, never_waits=False)
+        there = OpenSegment.open(str(shared / name), key, 0, never_waits=False)
+        assert not any(os.pread(here.fd, BLOCK_BYTES, segment.DATA_OFFSET)), "the hole"
+        land(0)
+        contents = there.refresh(nowait=False)
+        assert contents is not None
+        assert not any(os.pread(here.fd, BLOCK_BYTES, segment.DATA_OFFSET)), "what the kernel has"
+        got = bytearray(BLOCK_BYTES)
+        assert here.read_blocks(contents, 0, memoryview(got), nowait=False) is None
+        assert got == block
+        del here  # before its file system goes
 
 
 @pytest.mark.parametrize("trouble", ["symlink", "foreign", "open to others"])

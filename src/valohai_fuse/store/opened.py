@@ -141,14 +141,20 @@ class OpenSegment:
         object's last one as short as it is; after a bad block its content means nothing. Raises OSError, BlockingIOError
         with `nowait`.
         """
-        wanted = len(into)
+        wanted, offset = len(into), segment.DATA_OFFSET + first * BLOCK_BYTES
         self._next_block = first + segment.blocks_in(wanted)
-        read = self._pread(into, segment.DATA_OFFSET + first * BLOCK_BYTES, nowait=nowait)
+        read = self._pread(into, offset, nowait=nowait)
         if read < wanted:
             if nowait:
                 raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
-            read = self._pread_rest(into, read, segment.DATA_OFFSET + first * BLOCK_BYTES)
-        return self._first_bad(contents, first, into, read)
+            read = self._pread_rest(into, read, offset)
+        bad = self._first_bad(contents, first, into, read)
+        if bad is None or nowait or self.never_waits:
+            return bad
+        # What the kernel has of the file may be older than what another host has written there since: ask the disk itself.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, offset, segment.blocks_in(wanted) * BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+        return self._first_bad(contents, first, into, self._pread_rest(into, 0, offset))
 
     def lend_blocks(self, contents: Contents, first: int, byte_count: int) -> memoryview | None:
         """The same without a copy, of a segment in memory: good as long as nobody else may land in it. None for a file.
