@@ -106,8 +106,9 @@ class Daemon:
             fetching, nursery = await open_fetching(
                 settings, catalogue, store, self.metrics, stack, fill=fill, keeps_worker=disk.may_hang
             )
+            self.get_ready = fetching.get_ready
             if disk.may_hang:
-                fetching.get_ready()  # before there is a file open on it, which a new process would have to close first
+                self.get_ready()  # before there is a file open on it, which a new process would have to close first
             evictor = Evictor(
                 settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
             )
@@ -184,6 +185,8 @@ class Daemon:
                     warnings=self.tree.warnings[:WARNINGS_REPORTED_MAX],
                 )
             )
+            if spec.starts_worker:
+                self.get_ready()
             await self._wait_ending(session)
         finally:
             with trio.CancelScope(shield=True):

@@ -119,12 +119,18 @@ def test_a_worker_that_is_killed_is_replaced_and_the_reader_notices_nothing(moun
 
 
 def test_a_worker_is_there_before_the_first_read(mount_inputs: MountInputs) -> None:
-    """Whoever looks at names will read soon: the worker starts then. A mount that nobody looks at has none."""
-    mounted = mount_inputs({"data": {"a.bin": ramp(2 * MIB)}})
+    """A mount starts one as soon as it answers. Where there are many, most of which may never be read, whoever looks at names
+    will read soon: it starts then."""
+    names = ["data", "b", "c", "d", "e"]
+    mounted = mount_inputs({name: {"a.bin": ramp(2 * MIB)} for name in names})
     daemon = daemon_pid(mounted, "data")
     assert not workers(daemon)
     assert os.listdir(mounted.path("data")) == ["a.bin"]
     wait_until("a worker runs", lambda: len(workers(daemon)) == 1)
+    assert not any(workers(daemon_pid(mounted, name)) for name in names[1:])
+    assert mounted.unmount().returncode == 0
+    assert mounted.mount("data").returncode == 0
+    wait_until("a worker runs, unasked", lambda: len(workers(daemon_pid(mounted, "data"))) == 1)
     with Reader(mounted.path("data", "a.bin")) as reader:
         assert reader.said() == whole(mounted.sandbox, "a.bin")
 

@@ -37,6 +37,9 @@ from valohai_fuse.supervisor import (
 )
 
 SUPERVISOR_SLACK_S: Final = 5.0
+STARTED_WORKERS_MAX: Final = 4
+"""Up to so many mounts at once each start their first worker before anything is read: 70 ms of a core each, which the first
+read would wait for. Of many inputs most may never be read, or not soon."""
 
 
 def choose(summaries: Sequence[InputSummary], names: Sequence[str], *, show_all: bool) -> list[InputSummary]:
@@ -104,6 +107,7 @@ def make_plan(
                     mountpoint=mountpoint,
                     inputs=inputs,
                     as_root=root is not None,
+                    starts_worker=len(wanted) <= STARTED_WORKERS_MAX,
                     control_path=runtime.file(mount_id(mountpoint), "sock"),
                     log_to_stderr=to_stderr and settings.log_file is None,
                     echo_level=echo_level,
