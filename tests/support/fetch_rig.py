@@ -106,6 +106,8 @@ def landed_blocks(order: FetchOrder) -> dict[int, bytes]:
         page = Path(order.segment_path).read_bytes()
     except FileNotFoundError:
         return {}
+    if len(page) < segment.PAGE_BYTES:
+        return {}  # just created: no reader believes it yet
     header = segment.decode_header(page[: segment.PAGE_BYTES])
     assert header is not None
     seed = segment.hash_seed(segment.object_digest(order.key.stable_id, order.key.size), header.version)
