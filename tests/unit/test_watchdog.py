@@ -90,8 +90,11 @@ def test_an_idle_loop_is_not_looked_at_and_its_stall_is_seen_all_the_same(
             await trio.sleep(8 * watchdog.LOOK_S)
             assert len(looks) <= before + 3
             stand_still(0.8)
-            await trio.sleep(8 * watchdog.LOOK_S)
-            assert looks[-1] == watchdog.LOOK_IDLE_S
+            before = len(looks)
+            with trio.fail_after(30):
+                # Not the last look: the pass that asks wakes the thread, which may look before it is asked.
+                while watchdog.LOOK_IDLE_S not in looks[before:]:  # noqa: ASYNC110 - the thread tells nobody
+                    await trio.sleep(4 * watchdog.LOOK_S)
             nursery.cancel_scope.cancel()
 
     began_s = time.monotonic()
