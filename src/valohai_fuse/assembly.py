@@ -15,6 +15,7 @@ import trio
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
+from valohai_fuse.engine.loads import Loads
 from valohai_fuse.engine.prefetch import Keep, Prefetch
 from valohai_fuse.engine.reader import Reader
 from valohai_fuse.engine.sizing import Sizing
@@ -102,6 +103,7 @@ async def open_fetching(
     reader = Reader(
         store=store,
         flights=flights,
+        loads=Loads(store, nursery),
         metrics=metrics,
         describe=catalogue.object,
         read_timeout_s=settings.read_timeout,

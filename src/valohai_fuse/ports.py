@@ -226,6 +226,11 @@ class BlockStore(Protocol):
         """The same, waiting for the disk in a thread where it must; never answers COLD."""
         ...
 
+    async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
+        """Has the blocks of the segment that holds byte `offset`, which somebody is about to read in order, brought from the
+        disk to memory, from where `read_nowait` gives them. False: that is no use, or cannot be done; read them then."""
+        ...
+
     def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """The block-aligned parts of `extent` that are not present, merged and ascending. By the tables only, without
         verification; a wrong guess costs a fetch or a retry, never a wrong byte. `to_keep`: what is only staged, on its way

@@ -226,3 +226,22 @@ def test_after_a_failed_landing_the_segment_lives_elsewhere_and_loses_nothing(ri
     assert read(rig.store, KEY, "v", Extent(0, 2 * BLOCK_BYTES)) == ramp(0, 2 * BLOCK_BYTES)
     assert rig.store.missing(KEY, "v", Extent(0, 2 * BLOCK_BYTES)) == []
     assert after != before or before.startswith("/proc/")
+
+
+def test_a_load_changes_nothing_but_where_the_bytes_are(rig: Rig) -> None:
+    """Of what is there, of what is not, and of another version; whether it says that it was of use or not."""
+    rig.land(KEY, 0, ramp(0, SEGMENT_BYTES + BLOCK_BYTES), "v")
+
+    async def load_all() -> None:
+        for version in ("v", "w"):
+            for offset in (0, SEGMENT_BYTES, SIZE - 1):
+                await rig.store.load(KEY, version, offset)
+
+    trio.run(load_all)
+    there = Extent(0, SEGMENT_BYTES + BLOCK_BYTES)
+    assert read(rig.store, KEY, "v", there) == ramp(there.start, there.stop)
+    assert rig.store.missing(KEY, "v", Extent(0, SIZE)) == [Extent(there.stop, SIZE)]
+    assert read(rig.store, KEY, "v", Extent(SIZE - 5, SIZE)) is ABSENT
+    assert read(rig.store, KEY, "w", Extent(0, 5)) is FOREIGN
+    assert rig.store.version(KEY, 0) == rig.store.version(KEY, SEGMENT_BYTES) == "v"
+    assert rig.store.cached_bytes(KEY) == len(there)

@@ -16,6 +16,7 @@ from support.fake_store import FakeBlockStore
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.leases import Leases
+from valohai_fuse.engine.loads import Loads
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.engine.reader import Reader
 from valohai_fuse.model.tree import Inode
@@ -44,6 +45,7 @@ class EngineRig:
         self.reader = Reader(
             store=self.store,
             flights=self.flights,
+            loads=Loads(self.store, nursery),
             metrics=self.metrics,
             describe=self._describe,
             read_timeout_s=read_timeout_s,

@@ -32,6 +32,13 @@ class FakeBlockStore:
         """True: `read_nowait` answers COLD for what is present, as if nothing was in the page cache."""
         self.cold_s = 0.0
         """How long `read` takes, on trio's clock."""
+        self.loadable = False
+        """True: `load` brings what is present to memory, where it is not cold."""
+        self.load_s = 0.0
+        """How long that takes."""
+        self.loads: list[int] = []
+        """Offsets asked for."""
+        self._loaded: set[tuple[ObjectKey, int]] = set()
         self.reads = 0
         self.reads_nowait = 0
         self.full = False
@@ -87,13 +94,24 @@ class FakeBlockStore:
         """See `ports.BlockStore`; lends nothing."""
         self.reads_nowait += 1
         found = self._read(key, version, extent)
-        return COLD if self.cold and isinstance(found, bytes) and found else found
+        is_loaded = (key, extent.start // SEGMENT_BYTES) in self._loaded
+        return COLD if self.cold and not is_loaded and isinstance(found, bytes) and found else found
 
     async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | NotHere:
         """See `ports.BlockStore`."""
         self.reads += 1
         await trio.sleep(self.cold_s)
         return self._read(key, version, extent)
+
+    async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
+        """See `ports.BlockStore`; what was loaded stays so."""
+        self.loads.append(offset)
+        await trio.sleep(self.load_s)
+        place = (key, offset // SEGMENT_BYTES)
+        if not self.loadable or place not in self._segments or self._segments[place].version != version:
+            return False
+        self._loaded.add(place)
+        return True
 
     def _read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | NotHere:
         stop = min(extent.stop, key.size)

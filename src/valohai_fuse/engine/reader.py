@@ -19,6 +19,7 @@ import trio
 from valohai_fuse import errors
 from valohai_fuse.engine.fill import BackgroundFill, FillLimits
 from valohai_fuse.engine.flights import Flights
+from valohai_fuse.engine.loads import Loads
 from valohai_fuse.engine.objects import Handle, RemoteObject
 from valohai_fuse.model.extents import Extent, align
 from valohai_fuse.model.readahead import FIRST_READ_BYTES, Plan
@@ -54,6 +55,7 @@ class Reader:
         *,
         store: BlockStore,
         flights: Flights,
+        loads: Loads,
         metrics: Metrics,
         describe: Callable[[Inode], tuple[ObjectKey, FileRef, str]],
         read_timeout_s: float,
@@ -63,6 +65,7 @@ class Reader:
     ) -> None:
         self._store = store
         self._flights = flights
+        self._loads = loads
         self._metrics = metrics
         self._describe = describe
         self._read_timeout_s = read_timeout_s
@@ -205,9 +208,7 @@ class Reader:
         """
         obj = handle.object
         if found is COLD:
-            assert obj.version is not None
-            result = await self._store.read(obj.key, obj.version, extent)
-            handle.check()
+            result = await self._read_cold(handle, extent, plan)
             if not isinstance(result, NotHere):
                 self._hit(handle, extent, plan)
                 return result
@@ -227,6 +228,19 @@ class Reader:
             again = await self._store.read(obj.key, obj.version, extent)
             handle.check()
         return again
+
+    async def _read_cold(self, handle: Handle, extent: Extent, plan: Plan) -> Bytes | NotHere:
+        """What is on the disk: from memory, if it is being loaded there."""
+        obj = handle.object
+        if await self._loads.on_cold(handle, extent, plan):
+            handle.check()
+            found = self._look(obj, extent)
+            if found is not COLD:
+                return found
+        assert obj.version is not None
+        result = await self._store.read(obj.key, obj.version, extent)
+        handle.check()
+        return result
 
     def _begin_demand(self, obj: RemoteObject, extent: Extent, plan: Plan, *, distrust: bool) -> None:
         demand = align(extent.start, extent.stop, obj.key.size)
@@ -249,6 +263,7 @@ class Reader:
         """The bytes were cached. What follows a scattered read would come with its request; alone it is not worth one."""
         self._metrics.count("hit_bytes", len(extent))
         if not plan.is_scattered:
+            self._loads.on_hit(handle, extent)
             self._look_ahead(handle.object, handle, plan)
 
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:

@@ -1,7 +1,8 @@
-"""Segments in memory: memfds in the format of cache files. Two uses, one mechanism:
+"""Segments in memory: memfds in the format of cache files. Three uses, one mechanism:
 
 - *staging*: what readers stream lands here first, is read from here, and is written to its file behind the readers' backs
   (`store.landing.copy_out`, O_DIRECT), so that a stream fills no page cache but FUSE's;
+- *loading*: what a stream comes to soon is copied here from its file (`store.loading`), for the same reason;
 - *standing in*: while the disk takes no writes.
 
 A fetch worker lands in one by the path /proc/PID/fd/N, for it runs as the same user. Bounded by what the segments may hold
@@ -92,6 +93,26 @@ class MemorySegments:
         held.is_read = False
         return f"/proc/{os.getpid()}/fd/{held.opened.fd}"
 
+    def take_empty(self, key: ObjectKey, index: int) -> OpenSegment | None:
+        """A new segment to load this one into, pinned until `release`; None when it is here already, or there is no room.
+
+        Raises OSError.
+        """
+        if (key, index) in self._held or self.take(key, index, stands_in=False) is None:
+            return None
+        return self._held[key, index].opened
+
+    def drop_empty(self, opened: OpenSegment) -> None:
+        """Forgets a segment into which nothing was loaded, unless something lands there."""
+        held = self._held.get((opened.key, opened.index))
+        if held is not None and held.opened is opened and not held.pins and not held.stands_in:
+            self._drop((opened.key, opened.index))
+
+    def holds(self, opened: OpenSegment, *, stands_in: bool = False) -> bool:
+        """Whether this is a segment that is still here; with `stands_in`, one whose file does not get its blocks."""
+        held = self._held.get((opened.key, opened.index))
+        return held is not None and held.opened is opened and (held.stands_in or not stands_in)
+
     def release(self, key: ObjectKey, index: int) -> None:
         """Takes one pin back."""
         held = self._held.get((key, index))
@@ -152,7 +173,7 @@ def _new_segment(key: ObjectKey, index: int, used: OpenSegment | None) -> OpenSe
         fd = os.dup(used.fd)  # the old one is closed with its last reader
         os.set_inheritable(fd, False)
         opened = OpenSegment(fd, key, index, never_waits=True)
-        opened.mapped = used.mapped
+        opened.room, opened.mapped = used.room, used.mapped
     else:
         fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         opened = OpenSegment(fd, key, index, never_waits=True)
@@ -161,6 +182,7 @@ def _new_segment(key: ObjectKey, index: int, used: OpenSegment | None) -> OpenSe
         # Workers and we have it mapped: a page that is gone would kill us.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         if length >= _MAPPED_BYTES_MIN:
-            opened.mapped = memoryview(mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ))
+            opened.room = memoryview(mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
+            opened.mapped = opened.room.toreadonly()
     os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
     return opened

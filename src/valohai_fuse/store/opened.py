@@ -18,6 +18,7 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
@@ -62,6 +63,7 @@ class OpenSegment:
         "mapped",
         "never_waits",
         "read_at_s",
+        "room",
         "used",
     )
 
@@ -82,6 +84,8 @@ class OpenSegment:
         self.file_id: tuple[int, int] | None = None
         self.mapped: memoryview | None = None
         """The whole of it, where that is memory that cannot shrink."""
+        self.room: memoryview | None = None
+        """The same to write to, for who loads a file into it."""
         self.contents: Contents | None = None
         self._first_block = index * SEGMENT_BLOCKS
         self._header = b""
@@ -230,3 +234,17 @@ class OpenSegment:
                 break
             read += step
         return read
+
+
+class Run(NamedTuple):
+    """Consecutive blocks that one open segment has: bytes [start, stop) of the object, `first` counted in the segment."""
+
+    opened: OpenSegment
+    contents: Contents
+    first: int
+    start: int
+    stop: int
+
+    def lent(self) -> memoryview | None:
+        """See `OpenSegment.lend_blocks`."""
+        return self.opened.lend_blocks(self.contents, self.first, self.stop - self.start)

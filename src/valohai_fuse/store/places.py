@@ -143,6 +143,30 @@ class Places:
                     else:
                         self._memory.release(*place)
 
+    def begin_loading(self, place: Place) -> OpenSegment | None:
+        """Empty memory, pinned until `end_loading`, for a copy of the segment's file; None: it is there already, or no room."""
+        with self._lock, contextlib.suppress(OSError):
+            into = self._memory.take_empty(*place)
+            if into is not None:
+                self._staged_at_s = self._monotonic()
+            return into
+        return None
+
+    def end_loading(self, into: OpenSegment, *, loaded: bool) -> None:
+        """Nobody writes there any more."""
+        with self._lock:
+            if self._memory.holds(into):
+                self._memory.release(into.key, into.index)
+                if not loaded:
+                    self._memory.drop_empty(into)
+
+    def file(self, place: Place) -> OpenSegment | None:
+        """The segment's file, about to be read. Blocks; raises OSError."""
+        opened = self._file(place)
+        if opened is not None:
+            self.mark_used(opened)
+        return opened
+
     def _unpin_abandoned(self) -> None:
         while self._abandoned and self._abandoned[0][0] <= self._monotonic():
             self._memory.release(*self._abandoned.popleft()[1])
@@ -349,12 +373,15 @@ class Places:
             self.blocks_distrusted += 1
         name = os.path.basename(self.path(place))
         self._warnings.warn("distrust", f"block {block} of cache file {name} failed its check; it is fetched again")
+        with self._lock:
+            is_copy = opened.file_id is None and not self._memory.holds(opened, stands_in=True)
         try:
             self._clear_entry(opened, block)
         except OSError:
             self.fault(place)
         else:
-            self.fault(place, 1)
+            if not is_copy:  # whether the file is any better is about to be seen
+                self.fault(place, 1)
 
     def _clear_entry(self, opened: OpenSegment, block: int) -> None:
         offset = segment.entry_offset(block)

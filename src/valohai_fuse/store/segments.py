@@ -22,7 +22,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import trio
 
@@ -34,7 +33,8 @@ from valohai_fuse.store import directory
 from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.claims import Claims
 from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
-from valohai_fuse.store.opened import Contents, OpenSegment
+from valohai_fuse.store.loading import Loading
+from valohai_fuse.store.opened import Run
 from valohai_fuse.store.places import ABANDONED_S, Place, Places
 from valohai_fuse.store.room import Room
 
@@ -53,20 +53,6 @@ _READ_ATTEMPTS_MAX = 4
 """A bad block or an outdated snapshot sends a read back to looking; in the end it is absent."""
 _LISTING_SEGMENTS_MIN = 32
 """From this many segments on, listing the directory beats asking for each of them."""
-
-
-class _Run(NamedTuple):
-    """Consecutive blocks that one open segment has: bytes [start, stop) of the object, `first` counted in the segment."""
-
-    opened: OpenSegment
-    contents: Contents
-    first: int
-    start: int
-    stop: int
-
-    def lent(self) -> memoryview | None:
-        """See `OpenSegment.lend_blocks`."""
-        return self.opened.lend_blocks(self.contents, self.first, self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +106,17 @@ class SegmentStore:
             self._prepare()
         except OSError as error:
             self._health.failed(_reason(error))
+        in_memory = directory.lies_in_memory(self._home)
         self._places = Places(
             self._home,
             disk=self._disk,
             descriptors_max=descriptors_max,
             memory_bytes_max=memory_bytes_max,
-            never_waits=directory.lies_in_memory(self._home),
+            never_waits=in_memory,
             monotonic=monotonic,
             warnings=self._warnings,
         )
+        self._loading = Loading(self._places, possible=not (in_memory or self._disk.may_hang))
 
     def close(self) -> None:
         """Gives all descriptors back; a read that is still in a thread keeps its own until it is done."""
@@ -191,6 +179,10 @@ class SegmentStore:
         """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
 
+    async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
+        """Copies the segment that holds byte `offset` from its file to memory; see `ports.BlockStore`."""
+        return await self._loading.load((key, offset // SEGMENT_BYTES), version)
+
     def _read(
         self, key: ObjectKey, version: Version, extent: Extent, *, nowait: bool, lend: bool = False
     ) -> bytes | bytearray | memoryview | NotHere:
@@ -211,8 +203,8 @@ class SegmentStore:
                 return memoryview(buffer)[extent.start - start : extent.stop - start]
         return ABSENT
 
-    def _plan(self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool) -> list[_Run] | NotHere:
-        runs: list[_Run] = []
+    def _plan(self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool) -> list[Run] | NotHere:
+        runs: list[Run] = []
         at = start
         while at < stop:
             index, within = divmod(at, SEGMENT_BYTES)
@@ -221,7 +213,7 @@ class SegmentStore:
             opened = self._places.at_hand((key, index))
             contents = None if opened is None else opened.contents
             if opened is not None and contents is not None and contents.serves(version, first, end - at):
-                runs.append(_Run(opened, contents, first, at, end))
+                runs.append(Run(opened, contents, first, at, end))
             else:
                 found = self._compose(key, version, at, end, nowait=nowait)
                 if isinstance(found, NotHere):
@@ -230,9 +222,7 @@ class SegmentStore:
             at = end
         return runs
 
-    def _compose(
-        self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool
-    ) -> list[_Run] | NotHere:
+    def _compose(self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool) -> list[Run] | NotHere:
         """Runs for [start, stop) of one segment after a fresh look, each block from wherever it is."""
         index, within = divmod(start, SEGMENT_BYTES)
         places = self._places.look_in_memory((key, index))
@@ -241,7 +231,7 @@ class SegmentStore:
         matching = [place for place in places if place[1].version == version]
         if not matching:
             return FOREIGN if places else ABSENT
-        runs: list[_Run] = []
+        runs: list[Run] = []
         base = start - within
         while start < stop:
             first = (start - base) // BLOCK_BYTES
@@ -252,11 +242,11 @@ class SegmentStore:
             end = start
             while end < stop and contents.entries[(end - base) // BLOCK_BYTES]:
                 end = min(end + BLOCK_BYTES, stop)
-            runs.append(_Run(opened, contents, first, start, end))
+            runs.append(Run(opened, contents, first, start, end))
             start = end
         return runs
 
-    def _fill(self, runs: list[_Run], into: memoryview, start: int, *, nowait: bool) -> bool:
+    def _fill(self, runs: list[Run], into: memoryview, start: int, *, nowait: bool) -> bool:
         """Whether all runs were read and verified. If not, what stood in the way was dealt with: look again.
 
         Raises BlockingIOError with `nowait`, also where there is something to be dealt with.
@@ -280,12 +270,12 @@ class SegmentStore:
             return False
         return True
 
-    def _note_read(self, run: _Run) -> None:
+    def _note_read(self, run: Run) -> None:
         self._places.mark_used(run.opened)
         if run.opened.note_read(run.start, run.stop):
             self._places.note_read_to_end(run.opened)
 
-    def _ask_disk(self, run: _Run, byte_count: int) -> None:
+    def _ask_disk(self, run: Run, byte_count: int) -> None:
         """Has the disk read what is about to be read, and what a sequential reader wants next, also from the next file: by the
         time a reader comes there, its table and its first blocks are in memory."""
         beyond_bytes = run.opened.advise(run.first, byte_count)
