@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,36 @@ def test_it_is_made_for_the_owner_alone(tmp_path: Path) -> None:
     assert directory.prepare(str(cache)) == str(cache / "v1")
     assert [p.stat().st_mode & 0o777 for p in (cache, cache / "v1")] == [0o700, 0o700]
     assert directory.prepare(str(cache)) == str(cache / "v1")
+
+
+def test_ext4_spreads_what_is_below(tmp_path: Path) -> None:
+    """The flag is ext4's; a directory that somebody else has made keeps what it has."""
+    made, found = tmp_path / "made", tmp_path / "found"
+    (found / "v1").mkdir(parents=True, mode=0o700)
+    if directory._file_system(str(tmp_path)) != "ext4":
+        directory.prepare(str(made))
+        pytest.skip("the temporary directory is not on ext4; on other file systems nothing happens, as just now")
+    for cache in (made, found):
+        directory.prepare(str(cache))
+    assert [is_top_directory(cache / "v1") for cache in (made, found)] == [True, False]
+
+
+def is_top_directory(path: Path) -> bool:
+    """As `lsattr -d` shows it by a T."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (flags,) = struct.unpack("l", fcntl.ioctl(fd, directory._GET_FLAGS, bytes(8)))
+    finally:
+        os.close(fd)
+    return bool(flags & 0x20000)
+
+
+def test_a_file_system_without_flags_is_as_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.ENOTTY, "Inappropriate ioctl for device")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    assert os.path.isdir(directory.prepare(str(tmp_path / "cache")))
 
 
 @pytest.mark.parametrize("below", ["", "v1"])

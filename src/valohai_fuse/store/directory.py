@@ -6,12 +6,19 @@ So it must be a real directory, ours, and writable by nobody else. Must not know
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import stat
+import struct
 
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model.segment import FORMAT_DIRECTORY
 
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
+"""FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, for a `long` of 64 bits."""
+_TOP_DIRECTORY = 0x00020000
+"""FS_TOPDIR_FL: what is below has nothing to do with one another. ext4 then spreads the directories over its block groups."""
 MOUNT_TABLE = "/proc/self/mountinfo"
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 _SERVED_FILE_SYSTEMS = frozenset(
@@ -50,8 +57,26 @@ def prepare(cache_dir: str) -> str:
         except OSError:
             if not os.path.lexists(path):  # mkdir says EROFS or EACCES even of a directory that exists
                 raise
+        else:
+            if path == home:
+                _spread(home)
         _check(path)
     return home
+
+
+def _spread(home: str) -> None:
+    """Has ext4 give each directory below a block group of its own.
+
+    It does not use an inode again for minutes after it was deleted, but looks at each of those that were deleted in the group
+    whenever it makes a file there: where many were, by us or by others, that took 20 times as long as making the file.
+    """
+    with contextlib.suppress(OSError):  # other file systems do not know the flag, and have no such trouble
+        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            (flags,) = struct.unpack("l", fcntl.ioctl(fd, _GET_FLAGS, bytes(struct.calcsize("l"))))
+            fcntl.ioctl(fd, _SET_FLAGS, struct.pack("l", flags | _TOP_DIRECTORY))
+        finally:
+            os.close(fd)
 
 
 def check_existing(cache_dir: str) -> None:
