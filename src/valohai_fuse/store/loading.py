@@ -13,6 +13,8 @@ Threads: `load` belongs to the event loop, `load_segment` runs in threads of a l
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Final
@@ -75,15 +77,18 @@ def load_segment(source: OpenSegment, version: Version, into: OpenSegment) -> bo
     Raises OSError, EINVAL from a file system without direct reads.
     """
     assert into.room is not None, "of full size, so it is mapped"
-    contents = source.refresh(nowait=False)
-    if contents is None or contents.version != version:
-        return False
-    runs = list(_runs(contents))
-    if not runs or _is_warm(source, runs[-1][1]):
-        return False
-    os.pwrite(into.fd, segment.encode_header(into.key.stable_id, into.key.size, into.index, version), 0)
-    fd = os.open(f"/proc/self/fd/{source.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    fd = os.open(f"/proc/self/fd/{source.fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if _is_warm(fd):
+            return False
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+        with mmap.mmap(-1, segment.PAGE_BYTES) as page:  # aligned
+            read = os.preadv(fd, [page], 0)
+            contents = source.refresh_from(page[:read])
+        if contents is None or contents.version != version or not any(contents.entries):
+            return False
+        os.pwrite(into.fd, segment.encode_header(into.key.stable_id, into.key.size, into.index, version), 0)
+        runs = list(_runs(contents))
         for first, stop in runs:
             at, end = (segment.DATA_OFFSET + block * BLOCK_BYTES for block in (first, stop))
             while at < end:
@@ -110,11 +115,13 @@ def _runs(contents: Contents) -> Iterator[tuple[int, int]]:
             first = block + 1
 
 
-def _is_warm(source: OpenSegment, stop: int) -> bool:
-    """Whether the page cache has the last of the blocks before `stop`: a reader's own readahead has not come so far."""
+def _is_warm(fd: int) -> bool:
+    """Whether the page cache has the last byte: a reader's own readahead has not come so far. Has the page read if not, and no
+    more than that."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     try:
-        last = segment.DATA_OFFSET + stop * BLOCK_BYTES - 1
-        return os.preadv(source.fd, [bytearray(1)], last, os.RWF_NOWAIT) == 1
+        last = segment.DATA_OFFSET + SEGMENT_BYTES - 1
+        return os.preadv(fd, [bytearray(1)], last, os.RWF_NOWAIT) == 1
     except OSError as error:
         if error.errno not in {errno.EAGAIN, errno.EOPNOTSUPP}:
             raise

@@ -113,7 +113,12 @@ class OpenSegment:
     def refresh(self, *, nowait: bool) -> Contents | None:
         """Reads header and table again. Raises OSError, BlockingIOError with `nowait`."""
         page = bytearray(segment.PAGE_BYTES)
-        if self._pread(memoryview(page), 0, nowait=nowait) < len(page):
+        read = self._pread(memoryview(page), 0, nowait=nowait)
+        return self.refresh_from(page[:read])
+
+    def refresh_from(self, page: bytes | bytearray) -> Contents | None:
+        """The same with what somebody has just read of the first page."""
+        if len(page) < segment.PAGE_BYTES:
             self.contents = None
             return None
         header = bytes(page[: segment.HEADER_BYTES])
