@@ -166,6 +166,7 @@ def main(argv: list[str]) -> int:
     workloads = _chosen_workloads(arguments.only)
     work = arguments.work_dir / ("quick" if arguments.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
+    provision.spread(work)
     with _alone(arguments.work_dir):
         tools = provision.provision(arguments.work_dir)
         if arguments.target:
@@ -178,6 +179,8 @@ def _profile(arguments: argparse.Namespace) -> int:
     work = _WORK_DIR / ("quick" if arguments.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
     ours = next(peer for peer in PEERS if peer.name == OURS)
+    work.mkdir(parents=True, exist_ok=True)
+    provision.spread(work)
     with _alone(_WORK_DIR):
         tools = provision.provision(_WORK_DIR, extra=("perf",))
         dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
