@@ -140,7 +140,12 @@ class Daemon:
                 tree=self.tree,
                 reader=fetching.reader,
                 sizing=fetching.sizing,
-                siblings=SiblingAhead(self.tree, fetching.reader.fetch_ahead),
+                siblings=SiblingAhead(
+                    self.tree,
+                    fetching.reader.fetch_ahead,
+                    requests_ahead=lambda: fetching.reader.statistics().flights_ahead,
+                    fill=fill,
+                ),
                 metrics=self.metrics,
                 owner=Ownership(settings.uid, settings.gid),
                 open_local=local.open if local is not None else _no_local_file,

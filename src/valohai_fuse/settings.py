@@ -227,7 +227,8 @@ OPTIONS: tuple[Option, ...] = (
         "4G",
         parse_bytes,
         "SIZE",
-        "How much of a file that is read at random again and again is completed in the background at the most, and never more "
+        "How much of a file that is read at random again and again, or of a directory whose small files are opened in no order, "
+        "is completed in the background at the most, and never more "
         "than a quarter of the cache; 0 turns it off.",
     ),
     _option(

@@ -9,15 +9,24 @@ import trio
 
 from support.engine_rig import EngineRig, run
 from support.prefetch_rig import tree_of
-from valohai_fuse.engine.siblings import SiblingAhead
+from valohai_fuse.engine.fill import FillLimits
+from valohai_fuse.engine.siblings import SMALL_BYTES_MAX, SiblingAhead
 from valohai_fuse.ports import Priority
 
+GIB = 1024**3
+UNBOUNDED = FillLimits(GIB)
 FILES = 200
 FILE_BYTES = 100 * 1024
 READ_BYTES = 32 * 1024
 LINE_BYTES_S = 125e6
 """1 Gbit/s: on a slower line what was fetched in vain takes longer than its round trips."""
 SIZES = {f"f{number}": FILE_BYTES for number in range(FILES)}
+
+
+def followed(rig: EngineRig, fill: FillLimits = UNBOUNDED) -> SiblingAhead:
+    return SiblingAhead(
+        tree_of(rig), rig.reader.fetch_ahead, requests_ahead=lambda: rig.reader.statistics().flights_ahead, fill=fill
+    )
 
 
 async def read_whole(rig: EngineRig, name: str, siblings: SiblingAhead | None) -> None:
@@ -36,7 +45,7 @@ def seconds(names: list[str], *, guessing: bool, sizes: dict[str, int] = SIZES) 
     async def scenario(rig: EngineRig) -> None:
         nonlocal took_s
         rig.fetcher.line_bytes_s = LINE_BYTES_S
-        siblings = SiblingAhead(tree_of(rig), rig.reader.fetch_ahead) if guessing else None
+        siblings = followed(rig) if guessing else None
         began_t = trio.current_time()
         for name in names:
             await read_whole(rig, name, siblings)
@@ -66,6 +75,46 @@ def test_a_wrong_guess_costs_a_reader_no_more_than_a_twentieth(pattern: str) -> 
     assert seconds(names, guessing=True) <= 1.05 * seconds(names, guessing=False)
 
 
+def test_an_epoch_in_no_order_takes_less_than_half() -> None:
+    """One reader, every file once: more and more of them are there when they are opened."""
+    names = PATTERNS["shuffled"]
+    assert seconds(names, guessing=True) < seconds(names, guessing=False) / 2
+
+
+LIMITS = {
+    "off": FillLimits(0),
+    "few connections": FillLimits(GIB, connections=1),
+    "a sick disk": FillLimits(GIB, is_kept=lambda: False),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_where_it_must_not_no_directory_is_completed(limits: FillLimits) -> None:
+    assert shuffled_guesses(limits, SIZES) == 0
+
+
+def test_no_more_of_a_directory_than_the_limit_and_no_large_files() -> None:
+    """Twenty files of 100 KiB; and nothing at all of files of which it would be the beginning."""
+    assert shuffled_guesses(FillLimits(20 * FILE_BYTES), SIZES) == 20
+    assert shuffled_guesses(FillLimits(GIB), dict.fromkeys(SIZES, SMALL_BYTES_MAX + 1)) == 0
+
+
+def shuffled_guesses(limits: FillLimits, sizes: dict[str, int]) -> int:
+    """How many files are fetched ahead while half of them are opened and not read."""
+    ahead = 0
+
+    async def scenario(rig: EngineRig) -> None:
+        nonlocal ahead
+        siblings = followed(rig, limits)
+        for name in PATTERNS["shuffled"][: FILES // 2]:
+            siblings.on_open(rig.inode(name))
+            await trio.sleep(1)
+        ahead = len({order.key for order in rig.fetcher.orders})
+
+    run(scenario, sizes)
+    return ahead
+
+
 @pytest.mark.parametrize("listing", ["numeric", "alphabetical"])
 @pytest.mark.parametrize("order", ["numeric", "alphabetical"])
 def test_the_order_of_the_listing_and_others_are_learnt(listing: str, order: str) -> None:
@@ -80,7 +129,7 @@ def test_when_the_pattern_breaks_nothing_more_is_guessed() -> None:
     """From the first file that fits no order on, only what is read is fetched."""
 
     async def scenario(rig: EngineRig) -> None:
-        siblings = SiblingAhead(tree_of(rig), rig.reader.fetch_ahead)
+        siblings = followed(rig)
         for number in range(20):
             await read_whole(rig, f"f{number}", siblings)
         await trio.sleep(1)

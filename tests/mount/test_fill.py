@@ -9,7 +9,7 @@ import pytest
 
 from support.mounts import MountedSandbox, MountInputs, wait_until
 from valohai_fuse.sandbox import faults
-from valohai_fuse.sandbox.content import ramp
+from valohai_fuse.sandbox.content import Ramp, ramp
 
 MIB = 1024 * 1024
 SIZE = 24 * MIB + 12345
@@ -59,3 +59,18 @@ def test_background_fill_can_be_turned_off(mount_inputs: MountInputs) -> None:
     cached_bytes, filled_bytes = figures(mounted)
     assert filled_bytes == 0
     assert mounted.sent_bytes() == cached_bytes < 0.7 * SIZE
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("option", ["4G", "0"])
+def test_a_directory_whose_files_are_opened_in_no_order_is_completed(mount_inputs: MountInputs, option: str) -> None:
+    """A shuffled epoch: many files are there when they are opened, none comes twice, every byte is right. Turned off, none is."""
+    files = {f"{number:03}.jpg": Ramp(20_000, number) for number in range(200)}
+    mounted = mount_inputs({"data": files}, options=(f"--background-fill={option}",))
+    mounted.sandbox.store.faults.add(faults.delay(0.01), count=ALWAYS)
+    for name in random.Random(2).sample(list(files), len(files)):
+        assert mounted.path("data", name).read_bytes() == mounted.sandbox.expected_bytes("data", name)
+    assert mounted.sent_bytes() == 200 * 20_000
+    (mount,) = mounted.status()["mounts"]
+    foreseen = mount["metrics"]["hit_bytes"] / (200 * 20_000)
+    assert (foreseen > 0.3) == (option != "0"), foreseen

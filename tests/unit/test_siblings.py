@@ -57,13 +57,17 @@ def test_several_readers_share_one_listing() -> None:
     assert foreseen >= 950
 
 
-def test_a_shuffled_reader_is_left_alone() -> None:
-    """Random order: next to nothing is fetched in vain."""
+def test_no_order_is_seen_in_a_shuffled_one() -> None:
+    """Next to nothing is fetched for the sake of an order that is none."""
     positions = list(range(1000))
     random.Random(3).shuffle(positions)
     siblings = Siblings(NUMBERED)
     ahead = sum(len(siblings.on_open(position)) for position in positions)
     assert ahead <= 30
+    assert siblings.shuffle is not None
+    for position in range(3):
+        siblings.on_open(position)
+    assert siblings.shuffle is None, "that is an order"
 
 
 def test_belief_ends_at_once() -> None:

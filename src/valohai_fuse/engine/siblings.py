@@ -4,6 +4,9 @@
 it names, and holds the bounds: only the beginning of large files, nothing while as much is in flight as readahead may take,
 and no waiting: an open never takes longer because of this.
 
+What is opened in no order is completed as `engine.fill` completes a file that is read at random, and within the same limits: small
+files only, with few requests under way, and no more of a directory than `FillLimits.bytes_max`.
+
 State changes only on the trio thread, in functions that do not await.
 """
 
@@ -15,6 +18,9 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
+from valohai_fuse.engine.fill import FillLimits
+from valohai_fuse.model.readahead import FIRST_READ_BYTES
+from valohai_fuse.model.shuffle import Shuffle
 from valohai_fuse.model.siblings import Siblings
 from valohai_fuse.model.tree import Inode, Tree
 
@@ -22,18 +28,34 @@ DIRECTORIES_MAX = 64
 """Directories followed at once; the least recently used one is forgotten."""
 
 
-@dataclass(frozen=True, slots=True)
+SMALL_BYTES_MAX = FIRST_READ_BYTES
+"""What is fetched of a file that nobody has opened; of a larger one that would be the beginning only."""
+
+
+@dataclass(slots=True)
 class _Directory:
     files: list[Inode]  # ascending by inode, which is the order of the listing
     siblings: Siblings
+    filled_bytes: int = 0
+    """Fetched of it while its files were opened in no order."""
 
 
 class SiblingAhead:
-    """Follows the opens of each directory. `fetch_ahead(inode)` begins fetching a file, False: enough is in flight."""
+    """Follows the opens of each directory. `fetch_ahead(inode)` begins fetching a file, False: enough is in flight.
+    `requests_ahead()`: how many are under way that nobody waits for."""
 
-    def __init__(self, tree: Tree, fetch_ahead: Callable[[Inode], bool]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        fetch_ahead: Callable[[Inode], bool],
+        *,
+        requests_ahead: Callable[[], int],
+        fill: FillLimits,
+    ) -> None:
         self._tree = tree
         self._fetch_ahead = fetch_ahead
+        self._requests_ahead = requests_ahead
+        self._fill = fill
         self._directories: LRUCache[Inode, _Directory] = LRUCache(DIRECTORIES_MAX)
 
     def on_open(self, inode: Inode) -> None:
@@ -45,8 +67,28 @@ class SiblingAhead:
         position = bisect_left(directory.files, inode)
         for position_next in directory.siblings.on_open(position):
             sibling = directory.files[position_next]
-            if self._tree.size(sibling) and not self._tree.local(sibling) and not self._fetch_ahead(sibling):
+            if self._is_to_fetch(sibling) and not self._fetch_ahead(sibling):
                 return
+        shuffle = directory.siblings.shuffle
+        if shuffle is not None and shuffle.requests_max:
+            self._complete(directory, shuffle)
+
+    def _complete(self, directory: _Directory, shuffle: Shuffle) -> None:
+        """Files are opened in no order: begins fetching some of the others."""
+        limits = self._fill
+        requests_max = min(shuffle.requests_max, limits.connections // 2)
+        if limits.bytes_max <= 0 or not limits.is_kept():
+            return
+        for position in shuffle.next(requests_max - self._requests_ahead()):
+            sibling = directory.files[position]
+            size = self._tree.size(sibling) or 0
+            if size > SMALL_BYTES_MAX or directory.filled_bytes + size > limits.bytes_max:
+                continue
+            if self._is_to_fetch(sibling) and self._fetch_ahead(sibling):
+                directory.filled_bytes += size
+
+    def _is_to_fetch(self, inode: Inode) -> bool:
+        return bool(self._tree.size(inode)) and not self._tree.local(inode)
 
     def _directory(self, parent: Inode) -> _Directory:
         children = sorted(

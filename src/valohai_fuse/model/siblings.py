@@ -5,7 +5,8 @@ knows all names in advance, so it only has to recognise the *order*: that of the
 of the numbers in the names. Each candidate order keeps a head (the furthest open that fitted) and a run (how many fitted in
 a row). The order with the longest run is believed, and as little as its run deserves: 4 files after the second fit, doubling.
 
-One open that fits no order ends all belief at once; so a shuffled reader costs nothing but a few list look-ups. Several
+One open that fits no order ends all belief at once. Where there is none to believe in, `model.shuffle` looks whether all files
+are opened, in no order. Several
 readers that share the work open slightly out of order: an open just ahead of the head fits, one just behind it is neutral.
 
 Pure; positions are indices into the directory's listing. Knows nothing of sizes, caches or flights.
@@ -16,6 +17,8 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+
+from valohai_fuse.model.shuffle import Shuffle
 
 FITS_BEFORE_BELIEF = 2
 WINDOW_FILES_MIN = 4
@@ -74,13 +77,19 @@ class _Order:
 class Siblings:
     """The opens of one directory. `names` in the order of the listing."""
 
-    __slots__ = ("_count", "_names", "_opens", "_orders")
+    __slots__ = ("_count", "_names", "_opens", "_orders", "_shuffle")
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self._count = len(names)
         self._names: Sequence[bytes] | None = names
         self._orders = [_Order(None)]
+        self._shuffle: Shuffle | None = None
         self._opens = 0
+
+    @property
+    def shuffle(self) -> Shuffle | None:
+        """What knows of the opens if they are in no order; None while they are in one, or it is too early to tell."""
+        return None if any(order.run >= FITS_BEFORE_BELIEF for order in self._orders) else self._shuffle
 
     def on_open(self, position: int) -> list[int]:
         """The positions that are worth fetching now, nearest first; mostly empty."""
@@ -89,6 +98,8 @@ class Siblings:
             self._learn_orders()
         for order in self._orders:
             order.observe(position)
+        if self._shuffle is not None:
+            self._shuffle.on_open(position)
         best = max(self._orders, key=lambda order: order.run)
         return best.next(self._count) if best.run >= FITS_BEFORE_BELIEF else []
 
@@ -98,6 +109,7 @@ class Siblings:
         names, self._names = self._names, None
         if self._count > SORTED_FILES_MAX:
             return
+        self._shuffle = Shuffle(names)
         seen = {tuple(range(min(self._count, 64)))}
         for positions in (_sorted(names), _sorted_by_number(names)):
             start = tuple(positions[:64])
