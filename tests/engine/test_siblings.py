@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Any
 
 import pytest
 import trio
 
 from support.engine_rig import EngineRig, run
 from support.prefetch_rig import tree_of
+from valohai_fuse.engine import siblings as siblings_room
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.siblings import SMALL_BYTES_MAX, SiblingAhead
+from valohai_fuse.model.manifest_json import from_json
+from valohai_fuse.model.tree import Inode, build
 from valohai_fuse.ports import Priority
 
 GIB = 1024**3
@@ -123,6 +128,32 @@ def test_the_order_of_the_listing_and_others_are_learnt(listing: str, order: str
     sizes = dict.fromkeys(numeric if listing == "numeric" else alphabetical, FILE_BYTES)
     names = numeric if order == "numeric" else alphabetical
     assert seconds(names, guessing=True, sizes=sizes) < seconds(names, guessing=False, sizes=sizes) / 5
+
+
+@pytest.mark.parametrize(("files_max", "looks"), [(siblings_room.FILES_MAX, 1000), (6700, 3000)])
+def test_a_thousand_directories_are_followed_at_once(
+    files_max: int, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes of pictures, shuffled: each directory's names are looked at once, unless the bound allows for a hundred of them."""
+    monkeypatch.setattr(siblings_room, "FILES_MAX", files_max)
+    names = [f"{number:04}/{nth}.jpg" for nth in range(3) for number in range(1000)]
+    document = {"data": {"files": [{"name": name, "size": FILE_BYTES} for name in names]}}
+    manifest = from_json(json.dumps(document).encode(), mtime_ns=7)
+    tree = build(manifest, as_root=False, local={}, inputs_dir="/valohai/inputs")
+    siblings = SiblingAhead(tree, lambda _: True, requests_ahead=lambda: 0, fill=UNBOUNDED)
+    looked_at = []
+    make = siblings._directory
+
+    def counted(parent: Inode) -> Any:
+        looked_at.append(parent)
+        return make(parent)
+
+    monkeypatch.setattr(siblings, "_directory", counted)
+    for name in names:
+        inode = tree.find(name)
+        assert inode is not None
+        siblings.on_open(inode)
+    assert len(looked_at) == looks
 
 
 def test_when_the_pattern_breaks_nothing_more_is_guessed() -> None:

@@ -12,6 +12,7 @@ State changes only on the trio thread, in functions that do not await.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +25,20 @@ from valohai_fuse.model.shuffle import Shuffle
 from valohai_fuse.model.siblings import Siblings
 from valohai_fuse.model.tree import Inode, Tree
 
-DIRECTORIES_MAX = 64
-"""Directories followed at once; the least recently used one is forgotten."""
+FILES_MAX = 1_000_000
+"""In the directories that are followed at once, 13 bytes for each; the least recently used directory is forgotten. A data loader
+that shuffles over a thousand directories comes back to each: following it anew each time would sort its names each time."""
 
 
+_DIRECTORY_FILES = 64
+"""A directory itself costs as much as so many files."""
 SMALL_BYTES_MAX = FIRST_READ_BYTES
 """What is fetched of a file that nobody has opened; of a larger one that would be the beginning only."""
 
 
 @dataclass(slots=True)
 class _Directory:
-    files: list[Inode]  # ascending by inode, which is the order of the listing
+    files: array[int]  # inodes, ascending, which is the order of the listing
     siblings: Siblings
     filled_bytes: int = 0
     """Fetched of it while its files were opened in no order."""
@@ -56,7 +60,7 @@ class SiblingAhead:
         self._fetch_ahead = fetch_ahead
         self._requests_ahead = requests_ahead
         self._fill = fill
-        self._directories: LRUCache[Inode, _Directory] = LRUCache(DIRECTORIES_MAX)
+        self._directories: LRUCache[Inode, _Directory] = LRUCache(FILES_MAX, getsizeof=_weight)
 
     def on_open(self, inode: Inode) -> None:
         """A file was opened: begins fetching those that will be opened next, if an order shows."""
@@ -66,7 +70,7 @@ class SiblingAhead:
             directory = self._directories[parent] = self._directory(parent)
         position = bisect_left(directory.files, inode)
         for position_next in directory.siblings.on_open(position):
-            sibling = directory.files[position_next]
+            sibling = Inode(directory.files[position_next])
             if self._is_to_fetch(sibling) and not self._fetch_ahead(sibling):
                 return
         shuffle = directory.siblings.shuffle
@@ -80,7 +84,7 @@ class SiblingAhead:
         if limits.bytes_max <= 0 or not limits.is_kept():
             return
         for position in shuffle.next(requests_max - self._requests_ahead()):
-            sibling = directory.files[position]
+            sibling = Inode(directory.files[position])
             size = self._tree.size(sibling) or 0
             if size > SMALL_BYTES_MAX or directory.filled_bytes + size > limits.bytes_max:
                 continue
@@ -95,4 +99,8 @@ class SiblingAhead:
             ((inode, name) for name, inode in self._tree.children(parent) if not self._tree.is_dir(inode)),
             key=lambda child: child[0],
         )
-        return _Directory([inode for inode, _ in children], Siblings([name for _, name in children]))
+        return _Directory(array("I", [inode for inode, _ in children]), Siblings([name for _, name in children]))
+
+
+def _weight(directory: _Directory) -> int:
+    return min(len(directory.files) + _DIRECTORY_FILES, FILES_MAX)
