@@ -25,9 +25,9 @@ from valohai_fuse.ports import BlockStore, Version
 log = logging.getLogger(__name__)
 
 LOAD_RUN_BYTES: Final = 4 * 1024 * 1024
-AHEAD_SEGMENTS: Final = 2
-READERS_MAX: Final = 4
-"""Each has up to three segments in memory, of which the store holds sixteen; what fetches land needs some too."""
+AHEAD_SEGMENTS: Final = 4
+READERS_MAX: Final = 3
+"""Each has up to five segments in memory, of which the store holds sixteen."""
 READER_IDLE_S: Final = 1.0
 """A reader that has paused for so long gives its place up."""
 PATIENCE_S: Final = 1.0
