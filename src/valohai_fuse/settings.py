@@ -246,7 +246,7 @@ OPTIONS: tuple[Option, ...] = (
         "0",
         _count(0, 64),
         "N",
-        "Fetch processes per mount at the most; 0: as many as processors, 4 at the most.",
+        "Fetch processes per mount at the most; 0: half as many as processors, 4 at the most.",
     ),
     _option("connections", "network", "32", _count(1, 512), "N", "Requests under way per mount at the most."),
     _option("connect_timeout", "network", "10", parse_seconds, "SECONDS", "For a connection to a store or the API."),
@@ -377,6 +377,11 @@ def _derived_default(name: str, environ: Mapping[str, str]) -> Any:
     if name == "allow_other":
         return os.geteuid() == 0
     return None
+
+
+def has_http_proxy() -> bool:
+    """Whether libcurl may send requests for http URLs to a proxy. HTTP_PROXY it does not heed: a CGI's client can set that."""
+    return any(os.environ.get(name) for name in ("http_proxy", "all_proxy", "ALL_PROXY"))
 
 
 def child_environment(keep: Iterable[str] = ()) -> dict[str, str]:

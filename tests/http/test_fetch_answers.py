@@ -25,6 +25,16 @@ S3_DENIED = (
 GOOD = partial(PART, START, SIZE)
 
 
+@pytest.fixture(autouse=True, params=["plain", "libcurl"])
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two brings the answers: where a proxy is configured, even one that is not to be used, that is libcurl."""
+    name = str(request.param)
+    if name == "libcurl":
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_proxy", "*")
+    return name
+
+
 @dataclass(frozen=True)
 class Case:
     """An answer, and what it must mean."""
@@ -450,6 +460,20 @@ def test_stall_after_the_last_byte_is_no_failure(tmp_path: Path) -> None:
             order = r.order(START, STOP)
             await r.fetch(order)
             assert landed_bytes(order) == PART
+
+    trio.run(scenario)
+
+
+def test_a_kept_connection_that_closes_when_it_is_asked(tmp_path: Path) -> None:
+    """The store's idle time-out and the next request cross: that is no answer to it, and a new connection gets one."""
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as r:
+            for end in (End.CLOSE, End.RESET):
+                await r.fetch(r.order())
+                r.store.answers.append([end])
+                await r.fetch(r.order(name="other"))
+            assert [request.connection for request in r.store.requests] == [0, 0, 1, 1, 1, 2]
 
     trio.run(scenario)
 

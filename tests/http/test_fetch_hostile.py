@@ -14,6 +14,7 @@ import trio
 
 from support.fetch_rig import SECRET, SIZE, rig
 from support.raw_store import Answer, End, head, partial, plain
+from valohai_fuse.fetch.curl import Exchange
 from valohai_fuse.fetch.transfer import Landing, Transfer
 from valohai_fuse.fetch.wire import Order
 from valohai_fuse.ports import FailureKind, FetchFailed, ObjectKey
@@ -46,14 +47,14 @@ def test_the_machines_own_network_is_not_asked(host: str, tmp_path: Path) -> Non
 def test_an_address_is_judged_when_it_is_connected_to(address: tuple[object, ...], refused: bool) -> None:
     """Whatever name it was resolved from: no socket, and a final failure."""
     order = Order(1, b"http://name/x", (), b"x", 10, 0, 10, None, b"/x")
-    transfer = Transfer(order, pycurl.Curl(), nowhere, 0.0)
+    exchange = Exchange(Transfer(order, nowhere, 0.0), pycurl.Curl(), None)
     family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
     wanted = SimpleNamespace(family=family, socktype=socket.SOCK_STREAM, protocol=0, addr=address)
-    opened = transfer._open_socket(pycurl.SOCKTYPE_IPCXN, wanted)
+    opened = exchange.open_socket(pycurl.SOCKTYPE_IPCXN, wanted)
     if isinstance(opened, socket.socket):
         opened.close()
     assert (opened == pycurl.SOCKET_BAD) is refused
-    kind = transfer.broken(pycurl.E_COULDNT_CONNECT, "").kind
+    kind = exchange.broken(pycurl.E_COULDNT_CONNECT, "").kind
     assert kind is (FailureKind.FORBIDDEN if refused else FailureKind.TRANSIENT)
 
 

@@ -17,6 +17,7 @@ from valohai_fuse.settings import (
     OPTIONS,
     Settings,
     as_dict,
+    has_http_proxy,
     parse_bool,
     parse_bytes,
     parse_seconds,
@@ -115,3 +116,17 @@ def test_children_do_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
     made = settings.child_environment()
     assert "AWS_SECRET_ACCESS_KEY" not in made
     assert made["https_proxy"] == "http://proxy"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("http_proxy", True), ("all_proxy", True), ("ALL_PROXY", True), ("HTTP_PROXY", False), ("https_proxy", False)],
+)
+def test_proxies_are_looked_for_where_libcurl_does(name: str, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could send a plain request to a proxy; an empty variable cannot."""
+    for other in ("http_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "")
+    assert not has_http_proxy()
+    monkeypatch.setenv(name, "http://proxy:3128")
+    assert has_http_proxy() is found

@@ -1,1 +1,1 @@
-"""Moves bytes: worker processes on libcurl behind `ports.Fetcher`."""
+"""Moves bytes: worker processes, on libcurl and on sockets of their own, behind `ports.Fetcher`."""

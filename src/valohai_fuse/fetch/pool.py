@@ -33,6 +33,7 @@ from valohai_fuse.fetch.process import WorkerProcess
 from valohai_fuse.fetch.tickets import Leg, Ticket, Worker, lost
 from valohai_fuse.model.hedge import Hedging
 from valohai_fuse.ports import FailureKind, Fetched, FetchFailed, FetchOrder, Landed, Metrics, Priority
+from valohai_fuse.settings import has_http_proxy
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class WorkerPool:
         idle_s: float = 60,
         keeps_one: bool = False,
     ) -> None:
-        """`workers` 0: as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
+        """`workers` 0: half as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
         `keeps_one`: the last worker does not end for idleness.
 
         Raises ConfigurationError when `ca_file` cannot be read.
@@ -82,7 +83,8 @@ class WorkerPool:
         if ca_file is not None and not os.access(ca_file, os.R_OK):
             raise ConfigurationError(f"cannot read the certificate authorities in {ca_file}", hint="check --ca-file")
         self._metrics = metrics
-        self._workers_max = workers or min(4, len(os.sched_getaffinity(0)))
+        # The other half is the daemon's and the job's: one more worker on two processors was slower (docs/decisions.md).
+        self._workers_max = workers or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._idle_s = idle_s
@@ -93,6 +95,7 @@ class WorkerPool:
             stall_timeout_s=stall_timeout_s,
             ca_file=system_ca_file(),
             extra_ca_file=ca_file,
+            has_http_proxy=has_http_proxy(),
         )
         self._hedging = hedging
         self._hosts: LRUCache[str, Hedging] = LRUCache(_HOSTS_MAX)

@@ -49,7 +49,7 @@ class Head:
     __slots__ = ("headers", "status")
 
     def __init__(self, lines: Iterable[bytes]) -> None:
-        """`lines` as libcurl hands them out: interim answers (1xx, a proxy's CONNECT) come before the one that counts."""
+        """`lines` with or without their ends; interim answers (1xx, a proxy's CONNECT) come before the one that counts."""
         self.status = 0
         self.headers: dict[str, str] = {}
         for line in lines:
@@ -60,7 +60,10 @@ class Head:
                 continue
             name, colon, value = line.partition(b":")
             if colon:
-                self.headers[name.strip().lower().decode("latin-1")] = value.strip().decode("latin-1")
+                key, content = name.strip().lower().decode("latin-1"), value.strip().decode("latin-1")
+                if key == "content-length" and self.headers.get(key, content) != content:
+                    content = ""  # two lengths are none
+                self.headers[key] = content
 
     @property
     def version(self) -> str:

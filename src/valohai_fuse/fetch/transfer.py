@@ -1,9 +1,9 @@
 """One order on its way through a worker: what has arrived, what of it is landed, and how it ends.
 
-libcurl appends header lines and body chunks to two lists (`list.append` is the callback: no Python frame per 16 KiB); the
-loop calls `advance` after each socket event, and everything is decided there. What a reader waits for
-is landed as soon as it is there; otherwise landing waits for LAND_BYTES or LAND_INTERVAL_S, whichever comes first, because
-each landing costs two writes here and a wake-up in the daemon.
+A carrier (`curl`, `plain`) brings the answer: it appends header lines and body chunks to `head_lines` and `incoming`, or hands
+over a head and what it has just received (`receive`). The loop calls `advance` after the socket events, and everything is
+decided there. What a reader waits for is landed as soon as it is there; otherwise landing waits for LAND_BYTES or
+LAND_INTERVAL_S, whichever comes first, because each landing costs two writes here and a wake-up in the daemon.
 
 Invariants: nothing is landed before `response.accept` said yes; bytes land in ascending order, each once, in whole blocks
 (the object's last one may be short); no byte outside the order's extent lands. Must not know: sockets, who waits.
@@ -12,17 +12,13 @@ Invariants: nothing is landed before `response.accept` said yes; bytes land in a
 from __future__ import annotations
 
 import os
-import socket
 import time
-from collections.abc import Callable
-from typing import Any, Final, Protocol
-
-import pycurl
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from valohai_fuse.fetch import location, response, waits
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
-from valohai_fuse.model import peers
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import FailureKind, ObjectKey
 
@@ -54,7 +50,7 @@ class Landing(Protocol):
         """Makes [start, stop) of memory ready for `put`. Raises OSError."""
         ...
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes | memoryview) -> None:
         """The next bytes to their place in memory, in any cut."""
         ...
 
@@ -103,46 +99,27 @@ OpenLanding = Callable[[str, ObjectKey, int, str], Landing]
 _OWN_HEADERS: Final = frozenset({b"range", b"accept-encoding"})
 """Ours whatever the lease says."""
 
-_CURL_KINDS: Final = {
-    pycurl.E_UNSUPPORTED_PROTOCOL: FailureKind.PROTOCOL,  # our own schemes are checked: an answer in HTTP/0.9
-    pycurl.E_URL_MALFORMAT: FailureKind.FORBIDDEN,
-    pycurl.E_FTP_WEIRD_SERVER_REPLY: FailureKind.PROTOCOL,  # the same number as E_WEIRD_SERVER_REPLY
-    pycurl.E_BAD_CONTENT_ENCODING: FailureKind.PROTOCOL,
-    100: FailureKind.PROTOCOL,  # CURLE_TOO_LARGE, which pycurl does not name: headers without end
-}
-_CURL_TEXTS: Final = {
-    pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's name cannot be resolved",
-    pycurl.E_COULDNT_RESOLVE_HOST: "the host's name cannot be resolved",
-    pycurl.E_COULDNT_CONNECT: "cannot connect",
-    pycurl.E_OPERATION_TIMEDOUT: "no connection in time",
-    pycurl.E_PARTIAL_FILE: "the body ended early",
-    pycurl.E_GOT_NOTHING: "the connection was closed without an answer",
-    pycurl.E_RECV_ERROR: "the connection broke while receiving",
-    pycurl.E_SEND_ERROR: "the connection broke while sending",
-    pycurl.E_SSL_CONNECT_ERROR: "the TLS handshake failed",
-    pycurl.E_PEER_FAILED_VERIFICATION: "the store's certificate is not trusted",
-    pycurl.E_SSL_CACERT_BADFILE: "the file of certificate authorities cannot be read",
-}
-
 
 class Transfer:
-    """See the module's text. `curl` is lent by the worker, which also hands it to libcurl and takes it back."""
+    """See the module's text."""
 
-    def __init__(self, order: Order, curl: pycurl.Curl, open_landing: OpenLanding, now_s: float) -> None:
+    def __init__(self, order: Order, open_landing: OpenLanding, now_s: float) -> None:
         """Raises Rejected where the order cannot even be sent."""
         self.order = order
-        self.curl = curl
         self.url = location.checked(order.url)
         self.fetched_bytes = 0
         """Of all bodies, redirects' included."""
         self.connections_new = 0
-        self.forbidden_peer = False
-        """Whether the host turned out to be at an address that must not be asked."""
+        self.first_byte_s = 0.0
+        """From sending the request to the first byte of the answer, without connecting."""
+        self.is_connecting = False
+        """Whether a new connection had to be made for this answer."""
+        self.head_lines: list[bytes] = []
+        """Of the answer, as they come; interim answers' before it."""
+        self.incoming: list[bytes] = []
+        """Of the body, what has come and was not looked at."""
         self.disk_wait_s = 0.0
         """How long landing stood still, neither computing nor waiting for a processor."""
-        self.single_use = False
-        """Whether the curl handle cannot be used for another order. libcurl percent-encodes bytes beyond ASCII in a URL's path,
-        so such a target is given apart from the URL, which cannot be taken back."""
         self.head: Head | None = None
         self.progress_at_s = now_s
         """When the store last began to answer or sent PROGRESS_BYTES of a body; a stall is counted from here."""
@@ -151,7 +128,6 @@ class Transfer:
         self._heard_at_s = now_s
         """When anything last came; being late is counted from here."""
         self._late_patience = 1
-        self._connects = False
         self._open_landing = open_landing
         self._landing: Landing | None = None
         self._started_at_s = now_s
@@ -159,10 +135,10 @@ class Transfer:
         self._interval_s = LAND_INTERVAL_S if order.awaited_upto else PATIENT_INTERVAL_S
         self._lease_origin = location.origin(self.url)
         self._redirects = 0
-        self._head_lines: list[bytes] = []
         self._answered = False
         """Whether anything has come of the answer; a header now and then is no progress."""
-        self._incoming: list[bytes] = []
+        self._came = False
+        """Whether anything has come since `advance` looked."""
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._landed_upto = order.start
@@ -173,37 +149,23 @@ class Transfer:
 
     # --- the request --------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Sets what differs from request to request on the curl handle (the rest is the worker's `new_curl`).
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the request for `url` says besides its target.
 
         Raises Rejected for a lease header that would break out of its line.
         """
         order = self.order
-        headers = [f"Range: bytes={order.start}-{order.stop - 1}".encode(), b"Accept-Encoding: identity"]
+        headers = [(b"Range", b"bytes=%d-%d" % (order.start, order.stop - 1)), (b"Accept-Encoding", b"identity")]
         if location.origin(self.url) == self._lease_origin:
-            headers += [_header_line(name, value) for name, value in order.headers if name.lower() not in _OWN_HEADERS]
-        curl = self.curl
-        curl.setopt(pycurl.URL, self.url)
-        if not self.url.isascii():
-            self.single_use = True
-        if self.single_use:
-            curl.setopt(pycurl.REQUEST_TARGET, location.target(self.url))
-        curl.setopt(pycurl.HTTPHEADER, headers)
-        self.forbidden_peer = False
-        curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
-        curl.setopt(pycurl.HEADERFUNCTION, self._head_lines.append)
-        curl.setopt(pycurl.WRITEFUNCTION, self._incoming.append)
-
-    def _open_socket(self, purpose: int, address: Any) -> socket.socket | int:
-        """libcurl has resolved the host (or the proxy's) and wants to connect to this address of it."""
-        if purpose == pycurl.SOCKTYPE_IPCXN and peers.is_forbidden(str(address.addr[0])):
-            self.forbidden_peer = True
-            return pycurl.SOCKET_BAD
-        self._connects = True
-        return socket.socket(address.family, address.socktype, address.protocol)
+            for name, value in order.headers:
+                if any(c in name + value for c in b"\r\n\0") or not name or b":" in name:
+                    raise Rejected(FailureKind.FORBIDDEN, "a header of the lease is not one line")
+                if name.lower() not in _OWN_HEADERS:
+                    headers.append((name, value))
+        return headers
 
     def redirect(self) -> bool:
-        """After an answer has ended: whether it was a redirect that is to be followed; `prepare` then aims at its target.
+        """After an answer has ended: whether it was a redirect that is to be followed; `url` is its target then.
 
         Raises Rejected for a redirect that must not be followed, or one too many.
         """
@@ -215,9 +177,10 @@ class Transfer:
             raise Rejected(FailureKind.PROTOCOL, f"more than {location.REDIRECTS_MAX} redirects")
         self.url = location.followed(self.url, head.headers["location"].encode("latin-1"))
         self.head = None
-        self._answered = False
-        self._head_lines.clear()
-        self._incoming.clear()
+        self._answered = self._came = False
+        self.is_connecting = False
+        self.head_lines.clear()
+        self.incoming.clear()
         self._error_body = b""
         self._body_bytes = 0
         return True
@@ -229,9 +192,9 @@ class Transfer:
 
         Raises Rejected; OSError from the landing.
         """
-        answered = bool(self._head_lines) and not self._answered
-        if self._incoming or answered:
-            self._answered = True
+        answered = not self._answered and bool(self.head_lines or self.head)
+        if self.incoming or answered or self._came:
+            self._answered, self._came = True, False
             self._heard_at_s, self._late_patience = now_s, 1
             self._take()
             if answered or self.fetched_bytes - self._progress_bytes >= PROGRESS_BYTES or self.complete:
@@ -267,7 +230,7 @@ class Transfer:
         patience_s = self.order.late_after_s
         if self._answered:
             patience_s = max(patience_s, LATE_BODY_S)
-        elif self._connects:
+        elif self.is_connecting:
             patience_s *= CONNECTING_PATIENCE
         return self._heard_at_s + patience_s * self._late_patience
 
@@ -283,9 +246,9 @@ class Transfer:
 
     def finish(self, now_s: float) -> None:
         """The body has ended as HTTP has it. Lands the rest; raises Rejected if it is not the whole of it."""
-        if self._body is None and not self._incoming:
-            self._judge()
         self._take()
+        if self._body is None and not self._body_bytes:
+            self._judge()
         body = self._body
         if body is None:
             head = self._read_head()
@@ -308,24 +271,15 @@ class Transfer:
         due = self._due_bytes()
         return self._land(due, now_s) if due else None
 
-    def broken(self, code: int, message: str) -> Rejected:
-        """What it means that libcurl gave up with `code`. An error status that came before that counts for more."""
-        proxy_status = self.curl.getinfo(pycurl.HTTP_CONNECTCODE)
-        if proxy_status >= 300:
-            self._head_lines.clear()  # the proxy's words, not the store's
-            return Rejected(FailureKind.TRANSIENT, f"the proxy answered HTTP {proxy_status}")
-        if self._head_lines and (status := self._read_head().status) >= 400:
+    def cut_off(self, rejected: Rejected) -> Rejected:
+        """What it means that the answer did not end for the reason given: an error status that came before counts for more."""
+        if (self.head or self.head_lines) and (status := self._read_head().status) >= 400:
             return Rejected(response.status_kind(status), f"HTTP {status}")
-        if self.forbidden_peer:
-            return Rejected(FailureKind.FORBIDDEN, location.FORBIDDEN_PEER)
-        words = _CURL_TEXTS.get(code, f"curl error {code}")
-        if code == pycurl.E_PEER_FAILED_VERIFICATION and message:
-            words += f" ({message[:120]})"  # OpenSSL's reason; holds no URL
-        return Rejected(_CURL_KINDS.get(code, FailureKind.TRANSIENT), words)
+        return rejected
 
     def failed(self, rejected: Rejected) -> Failed:
         """The message that ends this order."""
-        head = Head(self._head_lines) if self._head_lines else None
+        head = Head(self.head_lines) if self.head_lines else self.head
         return Failed(
             id=self.order.id,
             kind=rejected.kind.value,
@@ -368,7 +322,7 @@ class Transfer:
 
     def _read_head(self) -> Head:
         if self.head is None:
-            self.head = Head(self._head_lines)
+            self.head = Head(self.head_lines)
         return self.head
 
     def _judge(self) -> None:
@@ -378,50 +332,55 @@ class Transfer:
             self._skip_left_bytes = self._body.skip_bytes
             self._landed_at_s = time.monotonic()
 
-    def _take(self) -> None:
-        """Moves what libcurl delivered to `_pending`: without what lies before the extent, and nothing behind it."""
-        if not self._incoming:
-            return
+    def receive(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """The next bytes of the body, which may be written over afterwards. Raises Rejected; OSError from the landing."""
+        self._came = True
         if self._body is None:
             self._judge()
-        chunks = self._incoming.copy()
-        self._incoming.clear()
-        arrived_bytes = sum(map(len, chunks))
+        arrived_bytes = sum(map(len, pieces))
         self.fetched_bytes += arrived_bytes
         self._body_bytes += arrived_bytes
         body = self._body
         if body is None:
-            self._take_error(chunks)
+            self._take_error(pieces)
             return
         if self._body_bytes > body.total_bytes:
             kind = FailureKind.CHANGED if body.hold else FailureKind.PROTOCOL
             raise Rejected(kind, f"the body has more than {body.total_bytes} bytes")
         if self._skip_left_bytes:
-            chunks, arrived_bytes = self._skip(chunks, arrived_bytes)
+            pieces, arrived_bytes = self._skip(pieces, arrived_bytes)
         surplus_bytes = self._landed_upto + self._pending_bytes + arrived_bytes - self.order.stop
         if surplus_bytes > 0:  # only in an answer that is the whole object
-            joined = b"".join(chunks)
-            chunks = [joined[: max(0, arrived_bytes - surplus_bytes)]]
-            arrived_bytes = len(chunks[0])
+            joined = b"".join(pieces)
+            pieces = [joined[: max(0, arrived_bytes - surplus_bytes)]]
+            arrived_bytes = len(pieces[0])
         if self.order.staging_path:
-            self._put(chunks)
+            self._put(pieces)
         else:
-            self._pending += chunks
+            self._pending += map(bytes, pieces)  # which copies nothing of what is bytes
         self._pending_bytes += arrived_bytes
 
-    def _take_error(self, chunks: list[bytes]) -> None:
+    def _take(self) -> None:
+        """The same for what a carrier has left in `incoming`."""
+        if self.incoming:
+            chunks = self.incoming.copy()
+            self.incoming.clear()
+            self.receive(chunks)
+            self._came = False
+
+    def _take_error(self, pieces: Sequence[bytes | memoryview]) -> None:
         if len(self._error_body) < ERROR_BODY_BYTES:
-            self._error_body = (self._error_body + b"".join(chunks))[:ERROR_BODY_BYTES]
+            self._error_body = (self._error_body + b"".join(pieces))[:ERROR_BODY_BYTES]
         if self._body_bytes > ERROR_BODY_BYTES_MAX:
             status = self._read_head().status
             raise Rejected(response.status_kind(status), f"HTTP {status} with a long body")
 
-    def _skip(self, chunks: list[bytes], arrived_bytes: int) -> tuple[list[bytes], int]:
+    def _skip(self, pieces: Sequence[bytes | memoryview], arrived_bytes: int) -> tuple[list[bytes], int]:
         skipped = min(self._skip_left_bytes, arrived_bytes)
         self._skip_left_bytes -= skipped
         if skipped == arrived_bytes:
             return [], 0
-        return [b"".join(chunks)[skipped:]], arrived_bytes - skipped
+        return [b"".join(pieces)[skipped:]], arrived_bytes - skipped
 
     def _due_bytes(self) -> int:
         """How many of the pending bytes could be landed: whole blocks, or everything up to the extent's end."""
@@ -460,19 +419,8 @@ class Transfer:
                 self._landing.map(order.start, order.stop)
         return self._landing
 
-    def _put(self, chunks: list[bytes]) -> None:
+    def _put(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Straight to their place in memory, each byte copied once."""
         landing = self._opened_landing()
-        for chunk in chunks:
-            landing.put(chunk)
-
-
-def _header_line(name: bytes, value: bytes) -> bytes:
-    if any(c in name + value for c in b"\r\n\0") or not name or b":" in name:
-        raise Rejected(FailureKind.FORBIDDEN, "a header of the lease is not one line")
-    return name + b": " + value if value else name + b";"
-
-
-def first_byte_s(curl: pycurl.Curl) -> float:
-    """From sending the request to the first byte of the answer, without connecting."""
-    return max(0.0, float(curl.getinfo(pycurl.STARTTRANSFER_TIME) - curl.getinfo(pycurl.PRETRANSFER_TIME)))
+        for piece in pieces:
+            landing.put(piece)

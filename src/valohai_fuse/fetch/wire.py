@@ -33,6 +33,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     """PEM bundle of the certificate authorities to trust; None: libcurl's own default."""
     extra_ca_file: str | None = None
     """Trusted as well."""
+    has_http_proxy: bool = False
+    """Whether libcurl may find a proxy for http URLs in the environment."""
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):

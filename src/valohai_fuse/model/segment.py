@@ -194,7 +194,7 @@ class EntriesInPieces:
         self.entries: list[int] = []
         """Of the blocks that are whole."""
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | memoryview) -> None:
         """The next piece."""
         self.stop += len(data)
         if self._hash is not None and len(data) < self._wanted_bytes:  # by far the most frequent

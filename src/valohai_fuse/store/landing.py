@@ -125,7 +125,7 @@ class SegmentWriter:
         self._mapped_start = start
         self._came = segment.EntriesInPieces(self._seed, start)
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes | memoryview) -> None:
         """Copies the next bytes to their place; nobody sees them before `vouch`. Any cut, from the start of what is mapped on."""
         assert self._mapped is not None, "map() comes first"
         assert self._came is not None
