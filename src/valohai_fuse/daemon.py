@@ -25,6 +25,7 @@ from valohai_fuse.assembly import open_fetching
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
+from valohai_fuse.fetch.pool import BEHIND_BYTES
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Facts, Inspection
 from valohai_fuse.model.eviction import Budget
@@ -51,9 +52,9 @@ log = logging.getLogger(__name__)
 
 WARNINGS_REPORTED_MAX = 20
 
-STAGED_BEHIND_BYTES = 64 * 1024 * 1024
-"""Room for what is being read, or written to the disk (32 MiB of two workers), beside what is fetched ahead. With half of that a
-slow disk had so much of it waiting that the stream found no memory to land in, and ran at the disk's pace."""
+STAGED_BEHIND_BYTES = BEHIND_BYTES
+"""Room for what is being read, or written to the disk, beside what is fetched ahead. With half of that a slow disk had so much
+of it waiting that the stream found no memory to land in, and ran at the disk's pace."""
 
 
 FILL_SHARE_OF_CACHE = 4

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from valohai_fuse.fetch.behind import QUEUE_BYTES_MAX, Ended, Job, WriteBehind
+from valohai_fuse.fetch.behind import Ended, Job, WriteBehind
+
+BYTES_MAX = 1000_000
 
 
 @pytest.fixture
 def behind() -> Iterator[WriteBehind]:
-    behind = WriteBehind()
+    behind = WriteBehind(BYTES_MAX)
     yield behind
     behind.close()
 
@@ -60,7 +62,7 @@ def test_no_more_waits_than_the_bound(behind: WriteBehind) -> None:
     def wait() -> None:
         gate.wait(10)
 
-    large = job(QUEUE_BYTES_MAX + 1, wait)
+    large = job(BYTES_MAX + 1, wait)
     assert behind.offer(large)
     assert not behind.offer(job(1, wait))
     gate.set()
@@ -102,7 +104,7 @@ def test_a_refusal_is_the_disks_unless_it_is_memory_that_lacks(behind: WriteBehi
 
 def test_closing_writes_what_waits() -> None:
     """A worker that is told to end has a moment for it."""
-    behind = WriteBehind()
+    behind = WriteBehind(BYTES_MAX)
     written: list[int] = []
     for number in range(20):
         assert behind.offer(job(1, lambda number=number: written.append(number)))  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """Writes behind the readers' backs: what has landed in memory goes to its segment file in a thread of the worker.
 
-The disk must not set the pace of a stream, nor may it be owed without bound: no more than QUEUE_BYTES_MAX wait here, and what
-is offered beyond is refused. It stays in memory for its readers and is simply not cached, so a disk that is slower than the
+The disk must not set the pace of a stream, nor may it be owed without bound: no more than `bytes_max` wait here, and what is
+offered beyond is refused. It stays in memory for its readers and is simply not cached, so a disk that is slower than the
 network gets as much as it can take, and the network goes on. What waits is memory that the stream cannot use: the daemon has
 some in addition, or there would be none left to stage in, and the stream would wait for the disk after all.
 
@@ -27,8 +27,6 @@ from typing import Final, Protocol
 
 from valohai_fuse.fetch.wire import Done
 
-QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
-"""Segments that were begun together end together: so much can come at once."""
 PATIENCE_S: Final = 3.0
 _CLOSE_WITHIN_S: Final = 1.0
 """The daemon kills a worker that has not ended two seconds after it was asked to."""
@@ -65,7 +63,8 @@ class Ended:
 class WriteBehind:
     """See the module's text. The thread starts with the first job."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
         self.fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
@@ -78,7 +77,7 @@ class WriteBehind:
 
     def offer(self, job: Job) -> bool:
         """Takes the job, unless too much is waiting already, or the disk does not answer. The first one in any case."""
-        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.staged.byte_count > QUEUE_BYTES_MAX):
+        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.staged.byte_count > self.bytes_max):
             return False
         self._waiting_bytes += job.staged.byte_count
         self._patient[job] = time.monotonic() + PATIENCE_S

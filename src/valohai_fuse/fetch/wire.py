@@ -35,6 +35,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     """Trusted as well."""
     has_http_proxy: bool = False
     """Whether libcurl may find a proxy for http URLs in the environment."""
+    behind_bytes_max: int = 32 * 1024 * 1024
+    """How much may wait in the worker to be written to the disk."""
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):

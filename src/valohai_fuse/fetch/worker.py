@@ -66,7 +66,7 @@ class Worker:
         self._look_at_s = float("inf")
         """Until then none of them is late or has stalled. What arrives only puts that off, so it is not kept up to date."""
         self._outgoing: list[bytes] = []
-        self._behind = WriteBehind()
+        self._behind = WriteBehind(bytes_max=0)
         self._sockets.watch(self._behind.fd, self._tell_written)
 
     def run(self) -> None:
@@ -121,6 +121,7 @@ class Worker:
                     self._post(Cancelled(id=message.id, fetched_bytes=transfer.fetched_bytes))
             else:
                 self._stall_timeout_s = message.stall_timeout_s
+                self._behind.bytes_max = message.behind_bytes_max
                 self._curl.configure(message)
                 self._plain.configure(message)
 
