@@ -42,6 +42,25 @@ def test_what_another_process_lands_is_not_fetched() -> None:
     run(timed, {"a": MIB})
 
 
+def test_what_another_process_lands_while_our_flight_begins_is_not_fetched() -> None:
+    """Its claim falls free with its last byte, which may be before the task of ours has run for the first time."""
+
+    async def scenario(rig: EngineRig) -> None:
+        key, content = key_of(rig), rig.contents["a"]
+        rig.store.claimed_by_others.append((key, Extent(0, MIB)))
+        assert rig.reader.fetch_ahead(rig.inode("a"))
+        rig.store.land(key, 0, content, '"v1"')
+        rig.store.claimed_by_others.clear()
+        handle = rig.open("a")
+        assert await rig.read(handle, 0, MIB) == content
+        await trio.sleep(1)
+        assert not rig.fetcher.orders
+        assert not rig.store.claimed
+        rig.reader.close(handle)
+
+    run(scenario, {"a": MIB})
+
+
 def test_another_process_that_does_not_deliver_is_not_waited_for() -> None:
     """A claim is advice: after a few seconds without a byte we fetch ourselves, and only what is missing."""
 

@@ -50,6 +50,7 @@ class Flight:
     """One run of blocks on its way. `landed` is how far it is: everything in [extent.start, landed) can be read."""
 
     __slots__ = (
+        "claimed",
         "deadline",
         "error",
         "extent",
@@ -69,6 +70,8 @@ class Flight:
         self, obj: RemoteObject, extent: Extent, priority: Priority, turn: int, *, staged: bool = False
     ) -> None:
         self.turn = turn
+        self.claimed = False
+        """Its blocks are claimed for us (`engine.sharing`)."""
         self.staged = staged
         """Readers want it, the cache gets what its disk can take; otherwise it is fetched for the cache's sake."""
         self.order: FetchOrder | None = None
@@ -176,7 +179,7 @@ class Flights:
 
     def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False) -> list[Flight]:
         """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight, and returns them. Does not ask
-        the store.
+        the store what it has: whoever calls has just done so.
 
         `staged`: as in `BlockStore.landing`.
         """
@@ -185,6 +188,8 @@ class Flights:
             for part in split_by_segment(gap):
                 self._turn += 1
                 flight = Flight(obj, part, priority, self._turn, staged=staged)
+                # Before the task runs: what another process lands in between would be fetched again.
+                flight.claimed = self._store.claim(obj.key, part)
                 obj.flights.append(flight)
                 self.active += 1
                 self.active_bytes += len(part)

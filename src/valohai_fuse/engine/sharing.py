@@ -1,8 +1,9 @@
 """Waits for what another process of the cache is fetching already, instead of fetching it as well.
 
-A flight claims its blocks in the store. Where somebody else has claimed some of them it takes what lands there, block by
-block, and ends with it; should nothing land for PATIENCE_S, or the claim fall free with blocks still missing, it fetches what
-is left itself. Claims are advice: without them blocks come twice, and nothing else happens.
+A flight's blocks are claimed in the store when it begins, right after the store was asked what is missing. Where somebody else
+has claimed some of them it takes what lands there, block by block, and ends with it; should nothing land for PATIENCE_S, or the
+claim fall free with blocks still missing, it fetches what is left itself. Claims are advice: without them blocks come twice, and
+nothing else happens.
 
 Must not know what a claim is made of.
 """
@@ -27,34 +28,32 @@ _LOOK_MAX_S = 0.02
 
 @contextlib.asynccontextmanager
 async def fetched_once(store: BlockStore, flight: Flight) -> AsyncIterator[None]:
-    """Claims the flight's blocks while the block runs, after waiting for who has them claimed; then `flight.coming` is what
-    is still to be fetched, possibly nothing."""
-    key, extent = flight.object.key, flight.extent
-    claimed = store.claim(key, extent)
-    if not claimed:
-        claimed = await _follow(store, flight)
+    """Keeps the flight's claim while the block runs, or waits for who has one before it; then `flight.coming` is what is still
+    to be fetched, possibly nothing."""
     try:
+        if not flight.claimed:
+            await _follow(store, flight)
         yield
     finally:
-        if claimed:
-            store.unclaim(key, extent)
+        if flight.claimed:
+            store.unclaim(flight.object.key, flight.extent)
 
 
-async def _follow(store: BlockStore, flight: Flight) -> bool:
-    """Advances the flight with what others land; returns whether its blocks are claimed for us now."""
+async def _follow(store: BlockStore, flight: Flight) -> None:
+    """Advances the flight with what others land, until its blocks are claimed for us or need not be."""
     obj = flight.object
     give_up_at = trio.current_time() + PATIENCE_S
     pause_s = _LOOK_FIRST_S
     while True:
-        claimed = store.claim(obj.key, flight.extent)
+        flight.claimed = store.claim(obj.key, flight.extent)
         if not obj.cache_distrusted:  # else the cache has nothing for us, whoever lands it
             landed = _landed(store, flight)
             if landed > flight.landed:
                 give_up_at = trio.current_time() + PATIENCE_S
                 pause_s = _LOOK_FIRST_S
                 flight.advance(landed)
-        if claimed or obj.cache_distrusted or not flight.coming or trio.current_time() >= give_up_at:
-            return claimed
+        if flight.claimed or obj.cache_distrusted or not flight.coming or trio.current_time() >= give_up_at:
+            return
         await trio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LOOK_MAX_S)
 
