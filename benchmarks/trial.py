@@ -240,11 +240,11 @@ def _mounted(bench: Bench, workload: Workload, root: Path, count: int, *, idle_s
         tree = Tree([process.pid])
         # What a start leaves behind is over: a parser's memory going back, and the first worker's start, a third of a second.
         time.sleep(1)
-        before_s = tree.cpu_s()
+        before_s = tree.run_s()
         time.sleep(idle_s)  # the idle time itself is what is measured
         return {
             "ready_s": ready_s,
-            "idle_cpu_s": tree.cpu_s() - before_s,
+            "idle_cpu_s": tree.run_s() - before_s,
             "pss_mib": tree.pss_bytes() / 2**20,
             "files": count,
             "json_mb": (root / "config" / "inputs.json").stat().st_size / 1e6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_cpu_of_children_that_have_ended_is_on_the_bill() -> None:
         process.stdin.close()
         process.wait(10)
     assert Tree([process.pid]).pids() == []
+
+
+def test_next_to_nothing_is_measured_as_such() -> None:
+    """A process that sleeps has run as long as before, to the microsecond; one that works has not."""
+    code = "import sys;sys.stdin.readline();[n * n for n in range(300_000)];print(flush=True);sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        time.sleep(0.5)
+        tree = Tree([process.pid])
+        before_s = tree.run_s()
+        time.sleep(0.2)
+        assert 0 < before_s == tree.run_s()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert 0.001 < tree.run_s() - before_s < 5
+        process.stdin.close()
+        process.wait(10)
 
 
 def test_a_tree_holds_grandchildren_and_no_strangers() -> None:
