@@ -31,6 +31,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.mounts import MountedSandbox, wait_until
 from support.prober import Prober
 from support.processes import daemon_pid, workers
+from valohai_fuse.engine.leases import DENIAL_PAUSE_S
 from valohai_fuse.mount import table
 from valohai_fuse.sandbox import faults
 from valohai_fuse.sandbox.content import Ramp, ramp
@@ -367,6 +368,8 @@ class MountMachine(RuleBasedStateMachine):
         self.faults.clear()
         self.sandbox.api.faults.clear()
         self.api_faults.clear()
+        if any(obj.is_denied for obj in self.objects.values()):
+            time.sleep(DENIAL_PAUSE_S)  # so long a refusal is believed
         for obj in self.objects.values():
             obj.is_denied = False
 
