@@ -226,6 +226,11 @@ class BlockStore(Protocol):
         """The same, waiting for the disk in a thread where it must; never answers COLD."""
         ...
 
+    def expect(self, key: ObjectKey) -> None:
+        """Somebody has opened the object and is likely to read from its start on: if that is on the disk, the disk is asked for it
+        now, and `read_nowait` has it soon. Does not wait for that."""
+        ...
+
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """Has the blocks of the segment that holds byte `offset`, which somebody is about to read in order, brought from the
         disk to memory, from where `read_nowait` gives them. False: that is no use, or cannot be done; read them then."""

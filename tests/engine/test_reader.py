@@ -88,6 +88,22 @@ def test_a_hit_awaits_nothing() -> None:
     run(scenario, {"a": MIB})
 
 
+def test_the_disk_is_told_of_an_open_before_the_first_read() -> None:
+    """Once: not of a second handle, nor of a file whose bytes are on their way."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("a")
+        rig.open("a")
+        assert [key.size for key in rig.store.expected] == [MIB]
+        await rig.read(handle, 0, 4096)
+        rig.open("a")
+        rig.reader.fetch_ahead(rig.inode("b"))
+        rig.open("b")
+        assert [key.size for key in rig.store.expected] == [MIB]
+
+    run(scenario, {"a": MIB, "b": 2 * MIB})
+
+
 def test_bytes_that_are_cold_on_disk_are_read_without_a_fetch() -> None:
     async def scenario(rig: EngineRig) -> None:
         handle = rig.open("a")

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -22,8 +23,8 @@ from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey
 from valohai_fuse.store import health
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.opened import AHEAD_BYTES
-from valohai_fuse.store.places import FAULT_MEMORY_S
-from valohai_fuse.store.segments import SegmentStore
+from valohai_fuse.store.places import EXPECTED_S, FAULT_MEMORY_S
+from valohai_fuse.store.segments import EXPECTED_BYTES, SegmentStore
 
 pytestmark = pytest.mark.expect_warnings(
     "valohai_fuse.store: (block|the cache|a cache file)", "failed its check", "in memory"
@@ -473,6 +474,41 @@ def test_what_is_not_in_the_page_cache_is_cold(store: SegmentStore) -> None:
         pytest.skip("this file system does not drop its pages")
     assert read(store) == ramp(ALL)
     assert store.read_nowait(KEY, "v", ALL) == ramp(ALL)
+
+
+def test_what_an_open_has_found_the_first_look_behind_it_need_not_look_for(store: SegmentStore, clock: Clock) -> None:
+    """Once, and for a moment only: whoever looks later finds what has taken the file's place."""
+    for age_s, first_version in ((0.0, "v"), (EXPECTED_S, "w")):
+        path = land(store, version="v")
+        assert store.version(KEY, 0) == "v"
+        store.expect(KEY)
+        os.unlink(path)
+        land(store, version="w")
+        clock.now_s += age_s
+        assert store.version(KEY, 0) == first_version
+        assert store.version(KEY, 0) == "w"
+        os.unlink(path)
+
+
+def test_what_is_expected_is_in_the_page_cache_soon(store: SegmentStore) -> None:
+    """The disk is asked when a file is opened: its first bytes are then read without a thread. Any number of times; what is not
+    there is no trouble."""
+    path = land(store)
+    first = Extent(0, min(KEY.size, EXPECTED_BYTES))
+    store.expect(ObjectKey("never seen", 1))
+    store.expect(ObjectKey("empty", 0))
+    for _ in range(2):
+        fd = os.open(path, os.O_RDWR)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        if store.read_nowait(KEY, "v", first) is not COLD:
+            pytest.skip("this file system does not drop its pages")
+        store.expect(KEY)
+        until_s = time.monotonic() + 5
+        while store.read_nowait(KEY, "v", first) is COLD and time.monotonic() < until_s:
+            time.sleep(0.001)
+        assert store.read_nowait(KEY, "v", first) == ramp(first)
 
 
 def test_a_file_system_that_cannot_say_is_read_in_threads(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ class FakeBlockStore:
         """True: `load` brings what is present to memory, where it is not cold."""
         self.load_s = 0.0
         """How long that takes."""
+        self.expected: list[ObjectKey] = []
         self.loads: list[int] = []
         """Offsets asked for."""
         self._loaded: set[tuple[ObjectKey, int]] = set()
@@ -102,6 +103,10 @@ class FakeBlockStore:
         self.reads += 1
         await trio.sleep(self.cold_s)
         return self._read(key, version, extent)
+
+    def expect(self, key: ObjectKey) -> None:
+        """See `ports.BlockStore`."""
+        self.expected.append(key)
 
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """See `ports.BlockStore`; what was loaded stays so."""

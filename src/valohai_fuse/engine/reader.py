@@ -89,6 +89,8 @@ class Reader:
         if obj.missing and not obj.handles:
             obj.missing = False  # it may be back: the next read finds out
             raise errors.ObjectMissingError(f"{obj.label}: the store says that it does not exist")
+        if not (obj.handles or obj.flights) and obj.version is None:
+            self._store.expect(obj.key)
         obj.handles += 1
         self._handles += 1
         self._opens += 1

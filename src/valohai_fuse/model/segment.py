@@ -18,6 +18,7 @@ Pure: bytes in, numbers out. Knows no path but the relative name, no descriptor,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def stored_id(stable_id: str) -> bytes:
     return b"blake2b-256:" + hashlib.blake2b(encoded, digest_size=32).hexdigest().encode()
 
 
+@functools.lru_cache(maxsize=256)
 def object_digest(stable_id: str, size: int) -> bytes:
     """20 bytes that name an object in the cache: blake2b-160 of identity NUL size."""
     text = stable_id.encode("utf-8", _CODEC_ERRORS) + b"\0" + str(size).encode()

@@ -56,6 +56,7 @@ class OpenSegment:
         "_next_block",
         "_unread_bytes",
         "contents",
+        "expected_until_s",
         "fd",
         "file_id",
         "index",
@@ -81,6 +82,8 @@ class OpenSegment:
         """Read since the store last marked what was used."""
         self.read_at_s = 0.0
         """When it was last read, by the store's monotonic clock."""
+        self.expected_until_s = 0.0
+        """Until then, by the same clock, the next look need not ask whether it is still the file at its path."""
         self.file_id: tuple[int, int] | None = None
         self.mapped: memoryview | None = None
         """The whole of it, where that is memory that cannot shrink."""
@@ -210,12 +213,14 @@ class OpenSegment:
             return max(0, self._advised_stop - _END_OFFSET)
         return 0
 
-    def prepare(self, byte_count: int) -> None:
-        """The same before the first read, for a reader that is on its way: table and first `byte_count` bytes."""
+    def prepare(self, byte_count: int, *, again: bool = False) -> None:
+        """The same before the first read, for a reader that is on its way: table and first `byte_count` bytes. `again`: they may
+        have been read and be gone from memory."""
         stop = segment.DATA_OFFSET + byte_count
-        if stop > self._advised_stop:
-            self._have_fetched(self._advised_stop, stop)
-            self._advised_stop = stop
+        advised_stop = 0 if again else self._advised_stop
+        if stop > advised_stop:
+            self._have_fetched(advised_stop, stop)
+            self._advised_stop = max(stop, self._advised_stop)
 
     def _have_fetched(self, start: int, stop: int) -> None:
         if not self.never_waits:

@@ -41,11 +41,13 @@ TOUCH_AGE_S = 10.0
 read already goes before what was fetched ahead."""
 READING_S = 5.0
 """The segment of an object that was last read, if that was less than READING_S ago, is being read."""
+EXPECTED_S = 0.01
+"""So long after an open its first read need not ask again whether the file is still at its path."""
 STAGED_IDLE_S = 15.0
 """So long after the last piece was staged the memory is given back."""
 ABANDONED_S = 0.5
 """So long after a staged fetch was given up its worker may still be writing what had landed: it has half a second's work of a
-disk that writes 64 MB/s waiting at the most (`fetch.behind`)."""
+disk that writes 128 MB/s waiting at the most (`fetch.behind`)."""
 _USED_MAX = 65536
 """Segments read between two touches; what is beyond passes for as old as its last touch."""
 
@@ -207,12 +209,21 @@ class Places:
         return places
 
     def prepare(self, place: Place, byte_count: int) -> None:
-        """Opens the segment's file, if there is one, and has the disk read its table and first `byte_count` bytes. For a
-        reader that comes there soon. Blocks as `look` does; raises nothing."""
+        """Opens the segment's file, if there is one, and has the disk read its table and first `byte_count` bytes. For a reader
+        that comes there soon. Blocks as `look` does; raises nothing."""
         with contextlib.suppress(OSError):
             opened = None if self.avoids_file(place) else self._disk.call(self._file, place)
             if opened is not None:
                 opened.prepare(byte_count)
+
+    def expect(self, place: Place, byte_count: int) -> None:
+        """The same for one that has just opened it: what was read before may be gone from memory, and the next look finds the
+        file that is found here."""
+        with contextlib.suppress(OSError):
+            opened = None if self.avoids_file(place) else self._disk.call(self._file, place)
+            if opened is not None:
+                opened.prepare(byte_count, again=True)
+                opened.expected_until_s = self._monotonic() + EXPECTED_S
 
     def _look_at_file(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
         places: list[tuple[OpenSegment, Contents]] = []
@@ -229,9 +240,13 @@ class Places:
 
     def _file(self, place: Place) -> OpenSegment | None:
         """The open file that is at the segment's path now; None when there is none. Raises OSError."""
-        path = self.path(place)
         with self._lock:
             opened = self._opened.get(place)
+        if opened is not None and opened.expected_until_s:
+            expected_until_s, opened.expected_until_s = opened.expected_until_s, 0.0
+            if self._monotonic() < expected_until_s:
+                return opened
+        path = self.path(place)
         try:
             if opened is not None:
                 # By path and not by link count: not every network file system counts links.

@@ -49,6 +49,8 @@ SERVED_PATIENCE_S = 3.0
 ROOM_PATIENCE_S = 2.0
 """How long a fetch that somebody waits for waits for room on the disk before it lands in memory."""
 _ROOM_PATIENCE_AHEAD_S = 0.5
+EXPECTED_BYTES = 128 * 1024
+"""What a first read asks for as a rule: the kernel's own first readahead."""
 _READ_ATTEMPTS_MAX = 4
 """A bad block or an outdated snapshot sends a read back to looking; in the end it is absent."""
 _LISTING_SEGMENTS_MIN = 32
@@ -178,6 +180,11 @@ class SegmentStore:
     ) -> bytearray | memoryview | bytes | NotHere:
         """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
+
+    def expect(self, key: ObjectKey) -> None:
+        """Has the disk fetch the object's first bytes, if it has them; see `ports.BlockStore`."""
+        if key.size:
+            self._places.expect((key, 0), min(key.size, EXPECTED_BYTES))
 
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """Copies the segment that holds byte `offset` from its file to memory; see `ports.BlockStore`."""
