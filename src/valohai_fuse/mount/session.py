@@ -18,7 +18,7 @@ import pyfuse3
 import trio
 
 from valohai_fuse import errors
-from valohai_fuse.mount import table
+from valohai_fuse.mount import table, turns
 from valohai_fuse.mount.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Session:
         """Answers the kernel until the mount is gone or `close` is called."""
         try:
             with self._serving:
+                turns.install()
                 main: Awaitable[None] = pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
                 await main
         finally:
