@@ -29,6 +29,7 @@ from valohai_fuse.fetch.pool import BEHIND_BYTES
 from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Facts, Inspection
 from valohai_fuse.model.eviction import Budget
+from valohai_fuse.model.extents import SEGMENT_BYTES
 from valohai_fuse.model.tree import build
 from valohai_fuse.mount import kernel
 from valohai_fuse.mount.operations import Operations, Ownership
@@ -52,9 +53,10 @@ log = logging.getLogger(__name__)
 
 WARNINGS_REPORTED_MAX = 20
 
-STAGED_BEHIND_BYTES = BEHIND_BYTES
-"""Room for what is being read, or written to the disk, beside what is fetched ahead. With half of that a slow disk had so much
-of it waiting that the stream found no memory to land in, and ran at the disk's pace."""
+STAGED_BEHIND_BYTES = BEHIND_BYTES + 2 * SEGMENT_BYTES
+"""Room for what is written to the disk, or being read, beside what is fetched ahead. With half of that a slow disk had so much of
+it waiting that the stream found no memory to land in, and ran at the disk's pace; without the two segments, what had been
+fetched ahead and not read yet had to go for what came behind it, and was fetched again."""
 
 
 FILL_SHARE_OF_CACHE = 4
