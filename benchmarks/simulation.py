@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.meters import percentile
 from benchmarks.traces import Read, Trace
-from valohai_fuse.engine.fill import FILLING_BYTES_MAX, LINE_IDLE_BYTES, ORDERS_MAX
+from valohai_fuse.engine.fill import LINE_IDLE_BYTES, FillWindow
 from valohai_fuse.engine.flights import FINISH_BYTES_MAX
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent, align, split_by_segment
 from valohai_fuse.model.fill import Fill
@@ -70,6 +70,7 @@ class _Transfer:
     urgent: bool
     flows: bool = False
     fills: bool = False
+    ordered_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -140,7 +141,7 @@ class Simulation:
         self._connections = 0
         self._gets = 0
         self._fetched = 0.0
-        self._fill_orders_max = min(ORDERS_MAX, line.connections // 4)
+        self._fill_window = FillWindow(line.connections)
         self._marked_s = 0.0
         """When the last piece of a fill landed, or the first of those under way was ordered."""
         self._readers = _readers(trace, line)
@@ -211,7 +212,7 @@ class Simulation:
             for part in split_by_segment(run):
                 if fills and begun:
                     return begun
-                transfer = _Transfer(file, part, part.start, urgent, fills=fills)
+                transfer = _Transfer(file, part, part.start, urgent, fills=fills, ordered_s=self._now_s)
                 begun.append(transfer)
                 file.transfers.append(transfer)
                 self._waiting.append(transfer)
@@ -236,8 +237,8 @@ class Simulation:
         if not filling:
             self._marked_s = self._now_s
         return (
-            filling < self._fill_orders_max
-            and filling_bytes < FILLING_BYTES_MAX
+            filling < self._fill_window.orders_max
+            and filling_bytes < self._fill_window.bytes_max
             and len(others) < self._line.connections // 2
             and sum(len(transfer.extent) for transfer in others) <= LINE_IDLE_BYTES
         )
@@ -265,6 +266,7 @@ class Simulation:
             self._idle_connections += 1
             self._fetched += len(transfer.extent)
             if transfer.fills:
+                self._fill_window.note(len(transfer.extent), transfer.ordered_s, self._now_s)
                 transfer.file.fill.on_landed(len(transfer.extent), self._now_s - self._marked_s)
                 self._marked_s = self._now_s
 

@@ -10,7 +10,15 @@ import trio.testing
 
 from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
-from valohai_fuse.engine.fill import FILLING_BYTES_MAX, LINE_IDLE_BYTES, ORDERS_MAX, FillLimits
+from valohai_fuse.engine.fill import (
+    LINE_IDLE_BYTES,
+    ORDERS_MAX,
+    ORDERS_MIN,
+    WINDOW_BYTES_MAX,
+    WINDOW_BYTES_MIN,
+    FillLimits,
+    FillWindow,
+)
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.model.extents import SEGMENT_BYTES
 from valohai_fuse.model.fill import FAILURES_MAX, PIECE_BYTES_MAX
@@ -144,8 +152,8 @@ def test_it_takes_few_connections_and_leaves_the_line_to_streams() -> None:
             flights = handle.object.flights
             peak, peak_bytes = max(peak, len(flights)), max(peak_bytes, sum(len(one.extent) for one in flights))
             await trio.sleep(0.01)
-        assert peak == ORDERS_MAX
-        assert peak_bytes < FILLING_BYTES_MAX + PIECE_BYTES_MAX
+        assert peak == ORDERS_MAX, "it found out how many the line bears"
+        assert peak_bytes < WINDOW_BYTES_MAX + PIECE_BYTES_MAX
         rig.reader.close(stream)
         rig.reader.close(handle)
 
@@ -161,11 +169,12 @@ def test_closing_the_file_ends_it() -> None:
         await read_until_it_is_worth_it(rig, handle)
         await trio.sleep(0.03)
         orders, landed = len(rig.fetcher.orders), rig.fetcher.fetched_bytes
-        assert len(rig.reader._fill._under_way) == ORDERS_MAX
+        under_way = len(rig.reader._fill._under_way)
+        assert ORDERS_MIN <= under_way <= ORDERS_MAX
         rig.reader.close(handle)
         await trio.sleep(10)
         assert len(rig.fetcher.orders) == orders
-        assert rig.fetcher.fetched_bytes - landed <= ORDERS_MAX * MIB
+        assert rig.fetcher.fetched_bytes - landed <= under_way * MIB
         assert rig.flights.active == 0
 
     run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
@@ -220,9 +229,39 @@ def test_an_unmount_ends_it() -> None:
             rig.fetcher.default = LINE
             await read_until_it_is_worth_it(rig, rig.open("a"))
             await trio.sleep(0.03)
-            assert rig.flights.active == ORDERS_MAX
+            assert ORDERS_MIN <= rig.flights.active <= ORDERS_MAX
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert rigs[0].flights.active == rigs[0].flights.active_bytes == 0
     assert len(ahead(rigs[0])) <= ORDERS_MAX * 2 + FAILURES_MAX
+
+
+def test_the_window_grows_while_pieces_come_swiftly_and_shrinks_when_they_queue() -> None:
+    window = FillWindow(32)
+    assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MIN, ORDERS_MIN)
+    now_t = 0.0
+    for _ in range(40):
+        window.note(PIECE_BYTES_MAX, now_t, now_t + 0.03)
+        now_t += 0.01
+    assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MAX, ORDERS_MAX)
+    window.note(PIECE_BYTES_MAX, now_t, now_t + 0.1)
+    assert window.bytes_max == WINDOW_BYTES_MAX, "neither swift nor slow"
+    for _ in range(5):
+        window.note(PIECE_BYTES_MAX, now_t, now_t + 0.2)
+    assert window.bytes_max == WINDOW_BYTES_MAX // 2, "once for what was under way together"
+    for _ in range(9):
+        now_t += 1
+        window.note(PIECE_BYTES_MAX, now_t, now_t + 0.2)
+    assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MIN, ORDERS_MIN)
+
+
+@pytest.mark.parametrize(
+    ("connections", "least", "most"), [(4, 1, 2), (8, 2, 4), (16, 4, 8), (32, 4, 16), (128, 4, 16)]
+)
+def test_the_window_takes_no_more_than_half_of_the_connections(connections: int, least: int, most: int) -> None:
+    window = FillWindow(connections)
+    assert window.orders_max == least
+    for _ in range(40):
+        window.note(PIECE_BYTES_MAX, 0, 0.03)
+    assert window.orders_max == most

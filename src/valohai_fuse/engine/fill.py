@@ -1,10 +1,12 @@
 """Completes files that are read at random, in the background: `model.fill` says when it pays and what comes next, this room
 orders it when the line has nothing better to do.
 
-A fill orders what nobody waits for, in pieces, at most ORDERS_MAX and FILLING_BYTES_MAX at a time in the whole mount, and only
-while what is fetched for others is little (LINE_IDLE_BYTES) and takes less than half of the connections: a stream's readahead or
-a prefetch stops it, the scattered misses that it is made for do not. What is cached or in flight is not ordered again, so no
-byte comes twice.
+A fill orders what nobody waits for, in pieces, and only while what is fetched for others is little (LINE_IDLE_BYTES) and takes
+less than half of the connections: a stream's readahead or a prefetch stops it, the scattered misses that it is made for do not.
+What is cached or in flight is not ordered again, so no byte comes twice.
+
+How much of it is under way at once, in the whole mount, is found out by trying (`FillWindow`): more as long as pieces come as fast
+as they ever did, less when they queue on the line, for then the reader's own requests do.
 
 There is no task and no timer: each read of such a file and the end of each flight are the moments to look again. With the last
 handle of a file its account is closed, and what it has under way is given up like any readahead.
@@ -26,11 +28,14 @@ from valohai_fuse.model.fill import PIECE_BYTES_MAX, Fill
 from valohai_fuse.model.readahead import Plan
 from valohai_fuse.ports import Metrics, Priority
 
-ORDERS_MAX = 4
-"""What is left to fetch of a piece are gaps between what was read, half a MiB each and less: with two at a time 2,000 reads
-took 13.0 s on a line of 20 ms, with four 8.8 s, with eight 7.8 s (`scripts/simulate random-4k`)."""
-FILLING_BYTES_MAX = 2 * PIECE_BYTES_MAX
-"""Under way at once, so that a demand need not share the line with more."""
+ORDERS_MIN = 4
+"""What is left to fetch of a piece are gaps between what was read, half a MiB each and less."""
+ORDERS_MAX = 16
+WINDOW_BYTES_MIN = 2 * PIECE_BYTES_MAX
+WINDOW_BYTES_MAX = 16 * PIECE_BYTES_MAX
+_SWIFT_SHARE = 2.0
+"""A piece that took no longer than so many times the shortest did not queue."""
+_SLOW_SHARE = 4.0
 LINE_IDLE_BYTES = 4 * 1024 * 1024
 """What may be under way for others: 32 readers at random have that much, a stream of any speed has more."""
 LOOKS_MAX = 32
@@ -51,6 +56,33 @@ class FillLimits:
     is_kept: Callable[[], bool] = _always
 
 
+class FillWindow:
+    """How much may be under way: grows by each piece that came swiftly, so doubles within a round trip, as TCP's slow start, and is
+    halved by one that was slow, but not for those that were ordered before that."""
+
+    def __init__(self, connections: int) -> None:
+        self._connections = connections
+        self._swiftest_s = float("inf")
+        self._halved_t = 0.0
+        self.bytes_max = WINDOW_BYTES_MIN
+
+    @property
+    def orders_max(self) -> int:
+        """Half of the connections at the most."""
+        wanted = min(ORDERS_MAX, max(ORDERS_MIN, ORDERS_MAX * self.bytes_max // WINDOW_BYTES_MAX))
+        return max(1, min(wanted, self._connections // (4 if wanted == ORDERS_MIN else 2)))
+
+    def note(self, byte_count: int, began_t: float, now_t: float) -> None:
+        """A piece has landed."""
+        took_s = now_t - began_t
+        self._swiftest_s = min(self._swiftest_s, took_s)
+        if took_s <= _SWIFT_SHARE * self._swiftest_s:
+            self.bytes_max = min(WINDOW_BYTES_MAX, self.bytes_max + byte_count)
+        elif took_s > _SLOW_SHARE * self._swiftest_s and began_t >= self._halved_t:
+            self.bytes_max = max(WINDOW_BYTES_MIN, self.bytes_max // 2)
+            self._halved_t = now_t
+
+
 class BackgroundFill:
     """All fills of one mount. `gaps(obj, extent)`: what the cache lacks of it."""
 
@@ -66,19 +98,21 @@ class BackgroundFill:
         self._metrics = metrics
         self._gaps = gaps
         self._limits = limits
-        self._orders_max = min(ORDERS_MAX, limits.connections // 4) if limits.bytes_max > 0 else 0
+        self._is_on = limits.bytes_max > 0 and limits.connections >= ORDERS_MIN
+        self._window = FillWindow(limits.connections)
         self._open: dict[RemoteObject, None] = {}
         """The files that are worth it, the one whose turn it is first."""
-        self._under_way: set[Flight] = set()
+        self._under_way: dict[Flight, float] = {}
+        """And when each began."""
         self._bytes_under_way = 0
         self._marked_t = 0.0
         """When the last piece landed, or the first of those under way was ordered."""
-        if self._orders_max:
+        if self._is_on:
             flights.ended = self._on_end
 
     def on_miss(self, obj: RemoteObject, plan: Plan, waited_s: float) -> None:
         """A read with this plan had to wait for bytes from the store."""
-        if not self._orders_max or not plan.is_scattered or not obj.handles:
+        if not self._is_on or not plan.is_scattered or not obj.handles:
             return
         if obj.fill is None:
             obj.fill = Fill(obj.key.size, self._limits.bytes_max)
@@ -122,8 +156,8 @@ class BackgroundFill:
     def _may_begin(self) -> bool:
         others = self._flights.active - len(self._under_way)
         return (
-            len(self._under_way) < self._orders_max
-            and self._bytes_under_way < FILLING_BYTES_MAX
+            len(self._under_way) < self._window.orders_max
+            and self._bytes_under_way < self._window.bytes_max
             and others < self._limits.connections // 2
             and self._flights.active_bytes - self._bytes_under_way <= LINE_IDLE_BYTES
             and self._limits.is_kept()
@@ -134,21 +168,24 @@ class BackgroundFill:
         for gap in self._gaps(obj, piece):
             started = self._flights.begin(obj, gap, Priority.AHEAD)
             if started:
+                now_t = trio.current_time()
                 if not self._under_way:
-                    self._marked_t = trio.current_time()
-                self._under_way.update(started)
+                    self._marked_t = now_t
+                self._under_way.update(dict.fromkeys(started, now_t))
                 self._bytes_under_way += sum(len(flight.extent) for flight in started)
                 return started
         return []
 
     def _on_end(self, flight: Flight) -> None:
         if flight in self._under_way:
-            self._under_way.remove(flight)
+            began_t = self._under_way.pop(flight)
             self._bytes_under_way -= len(flight.extent)
             landed_bytes = flight.landed - flight.extent.start
             self._metrics.count("filled_bytes", landed_bytes)
             now_t = trio.current_time()
             busy_s, self._marked_t = now_t - self._marked_t, now_t
+            if landed_bytes == len(flight.extent):
+                self._window.note(landed_bytes, began_t, now_t)
             fill = flight.object.fill
             if fill is not None:
                 fill.on_landed(landed_bytes, busy_s)
