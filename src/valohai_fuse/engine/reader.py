@@ -21,7 +21,7 @@ from valohai_fuse.engine.fill import BackgroundFill, FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.loads import Loads
 from valohai_fuse.engine.objects import Handle, RemoteObject
-from valohai_fuse.model.extents import Extent, align
+from valohai_fuse.model.extents import Extent, align, split_by_segment
 from valohai_fuse.model.readahead import FIRST_READ_BYTES, Plan
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import ABSENT, COLD, BlockStore, FileRef, Metrics, NotHere, ObjectKey, Priority
@@ -287,9 +287,11 @@ class Reader:
         return self._store.missing(obj.key, obj.version, wanted, to_keep=to_keep)
 
     def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
-        for gap in self.gaps(obj, wanted):
-            self._metrics.count("ahead_bytes", len(gap))
-            self._flights.begin(obj, gap, Priority.AHEAD, staged=True)
+        # One after the other: a flight claims its blocks, and what another process lands between look and claim comes twice.
+        for part in split_by_segment(wanted):
+            for gap in self.gaps(obj, part):
+                self._metrics.count("ahead_bytes", len(gap))
+                self._flights.begin(obj, gap, Priority.AHEAD, staged=True)
 
     # --- seeing inside ---
 
