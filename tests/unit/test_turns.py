@@ -34,22 +34,17 @@ class Session:
         self.lock = ReadLock()
         self.turns = Turns()
         self.answered: list[int] = []
-        self.waiting = 0
         self.taking = 0
         self.alone = True
         self.more = trio.Event()
 
     async def task(self) -> None:
         while True:
-            self.waiting += 1
-            try:
-                async with self.lock:
-                    self.taking += 1
-                    self.alone &= self.taking == 1
-                    await self.turns.wait_readable(self.reading)
-                    self.taking -= 1
-            finally:
-                self.waiting -= 1
+            async with self.lock:
+                self.taking += 1
+                self.alone &= self.taking == 1
+                await self.turns.wait_readable(self.reading)
+                self.taking -= 1
             request = os.read(self.reading, 1)[0]
             if request > 127:
                 await trio.sleep((request - 127) / 1e5)

@@ -209,21 +209,24 @@ class Places:
         return places
 
     def prepare(self, place: Place, byte_count: int) -> None:
-        """Opens the segment's file, if there is one, and has the disk read its table and first `byte_count` bytes. For a reader
-        that comes there soon. Blocks as `look` does; raises nothing."""
-        with contextlib.suppress(OSError):
-            opened = None if self.avoids_file(place) else self._disk.call(self._file, place)
-            if opened is not None:
-                opened.prepare(byte_count)
+        """Opens the segment's file, if there is one, and has the disk read its table and first `byte_count` bytes. For a
+        reader that comes there soon. Blocks as `look` does; raises nothing."""
+        self._prepare(place, byte_count, again=False)
 
     def expect(self, place: Place, byte_count: int) -> None:
         """The same for one that has just opened it: what was read before may be gone from memory, and the next look finds the
         file that is found here."""
+        opened = self._prepare(place, byte_count, again=True)
+        if opened is not None:
+            opened.expected_until_s = self._monotonic() + EXPECTED_S
+
+    def _prepare(self, place: Place, byte_count: int, *, again: bool) -> OpenSegment | None:
         with contextlib.suppress(OSError):
             opened = None if self.avoids_file(place) else self._disk.call(self._file, place)
             if opened is not None:
-                opened.prepare(byte_count, again=True)
-                opened.expected_until_s = self._monotonic() + EXPECTED_S
+                opened.prepare(byte_count, again=again)
+            return opened
+        return None
 
     def _look_at_file(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
         places: list[tuple[OpenSegment, Contents]] = []
