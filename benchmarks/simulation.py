@@ -6,8 +6,8 @@ what nobody needs), what is read at random is completed as `engine.fill` does it
 (so many at once, a quarter of them not for guesses, demand first).
 
 What is simplified: the bytes of all answers share one line evenly, each at most at a connection's own rate; an answer begins one
-latency after its request, on a new connection two; nothing fails, nothing is evicted, and processors cost nothing. So it
-ranks planners on one trace; how fast a machine is must be measured (`scripts/bench`).
+latency after its request, on a new connection two, and none is opened before it is needed; nothing fails, nothing is evicted,
+and processors cost nothing. So it ranks planners on one trace; how fast a machine is must be measured (`scripts/bench`).
 """
 
 from __future__ import annotations

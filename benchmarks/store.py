@@ -3,7 +3,8 @@
 One nginx serves the data directory once per profile, each on a port of its own: `/signed/...` wants an unexpired
 `secure_link` signature (ours), `/data/...` the same bytes without one and with a listing (peers that cannot do query
 strings). This kernel has no netem, so distance is a delay before the first byte of each response: one delay for the request
-and, on a new connection, one more for TCP and one more again for TLS. Refusals and listings are as far away as data.
+and, on a new connection, one more for TCP and one more again for TLS, less the time that it has been open. Refusals and
+listings are as far away as data.
 
 The access log is the meter for requests and bytes; it never holds a query string.
 """
@@ -65,10 +66,13 @@ PROFILES = (NEAR, REGION, FAR, CAPPED, TLS)
 
 _LUA = """
             access_by_lua_block {
-                local delays = 1
-                if ngx.var.connection_requests == "1" then delays = delays + tonumber(ngx.var.connect_delays) end
                 local delay_s = tonumber(ngx.var.delay_s)
-                if delay_s > 0 then ngx.sleep(delay_s * delays) end
+                local wait_s = delay_s
+                if ngx.var.connection_requests == "1" then
+                    local connect_s = delay_s * tonumber(ngx.var.connect_delays)
+                    wait_s = wait_s + math.max(0, connect_s - tonumber(ngx.var.connection_time))
+                end
+                if wait_s > 0 then ngx.sleep(wait_s) end
                 local verdict = ngx.var.secure_link
                 if ngx.var.signed == "1" and (verdict == nil or verdict == "" or verdict == "0") then
                     return ngx.exit(403)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,14 @@ import trio
 
 from support.fetch_rig import CONTENT, SECRET, SIZE, landed_bytes, rig
 from support.raw_store import open_store
+from valohai_fuse.fetch import plain
+from valohai_fuse.fetch.connections import READY, SPARES_EVERY_S, Connection, Connections
 from valohai_fuse.fetch.curl import CurlCarrier
-from valohai_fuse.fetch.plain import PlainCarrier
+from valohai_fuse.fetch.plain import SPARES_FROM_BYTES, PlainCarrier
 from valohai_fuse.fetch.sockets import Sockets
 from valohai_fuse.fetch.transfer import Landing, Transfer
 from valohai_fuse.fetch.wire import Configure, Order
+from valohai_fuse.model.extents import BLOCK_BYTES
 from valohai_fuse.ports import ObjectKey
 
 
@@ -109,3 +115,128 @@ def test_credentials_in_the_url(tmp_path: Path) -> None:
             assert request.header("Authorization") == "Basic dXNlcjp3b3Jk"
 
     trio.run(scenario)
+
+
+# --- several at once ---------------------------------------------------------------------------------------------------
+
+
+def test_connections_are_ready_when_more_of_a_large_object_is_asked_for(tmp_path: Path) -> None:
+    """They are opened while its first bytes are on their way, used by what is asked for next, and counted when they are."""
+    content = bytes(SPARES_FROM_BYTES + READY * BLOCK_BYTES)
+
+    async def scenario() -> None:
+        async with rig(tmp_path, content) as r:
+            await r.fetch(r.order(0, BLOCK_BYTES))
+            await r.store.wait_until(lambda: r.store.connections == READY)
+            assert r.metrics.counters["connections_opened"] == 1
+            async with trio.open_nursery() as nursery:
+                for block in range(1, READY):
+                    nursery.start_soon(r.fetch, r.order(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES))
+            assert r.store.connections == READY
+            assert 1 < r.metrics.counters["connections_opened"] <= READY
+
+    trio.run(scenario)
+
+
+def test_a_small_object_takes_one_connection(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path, bytes(SPARES_FROM_BYTES)) as r:
+            for block in range(2):
+                await r.fetch(r.order(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES))
+            assert r.store.connections == 1
+
+    trio.run(scenario)
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        yield server
+
+
+def connected(connections: Connections, server: socket.socket) -> Connection:
+    """A connection to `server`, as a carrier has made it."""
+    sock = socket.create_connection(server.getsockname())
+    sock.setblocking(False)
+    server.accept()[0].close()
+    return connections.add(b"http://store", sock)
+
+
+def test_a_store_that_wants_no_spare_connections_is_left_alone(server: socket.socket) -> None:
+    """What it refuses or closes is gone without a word, and is not tried again at once."""
+    sockets = Sockets()
+    carrier = PlainCarrier(sockets, CurlCarrier(sockets))
+    connections = carrier._connections
+    first = connected(connections, server)
+    now_s = time.monotonic()
+    connections.open_spares(first, now_s)
+    sockets.wait(1)
+    for _ in range(READY - 1):
+        server.accept()[0].close()
+    while len(connections._by_fd) > 0:  # `first`, which the server has closed as well, and the spares
+        sockets.wait(1)
+        carrier.receive()
+    assert connections.take(b"http://store") is None
+
+    second = connected(connections, server)
+    connections.open_spares(second, now_s + SPARES_EVERY_S - 0.1)
+    assert list(connections._by_fd.values()) == [second]
+    server.close()
+    connections.open_spares(second, now_s + SPARES_EVERY_S)
+    for _ in range(3):
+        sockets.wait(0.01)
+    assert list(connections._by_fd.values()) == [second]
+    connections.close(second)
+
+
+class Sink:
+    """A landing that takes everything."""
+
+    def land(self, offset: int, data: memoryview) -> None: ...
+
+    def map(self, start: int, stop: int) -> None: ...
+
+    def put(self, data: bytes | memoryview) -> None: ...
+
+    def vouch(self, offset: int, stop: int) -> None: ...
+
+    def copy_out(self, path: str, key: ObjectKey, version: str, start: int, stop: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_what_somebody_waits_for_is_received_first_then_what_was_asked_for_first(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much has come for the others: here there is time for one buffer a turn."""
+    monkeypatch.setattr(plain, "_RECEIVES_MAX", 1)
+    size = 4 * BLOCK_BYTES
+    sockets = Sockets()
+    carrier = PlainCarrier(sockets, CurlCarrier(sockets))
+    url = b"http://127.0.0.1:%d/x" % server.getsockname()[1]
+    transfers = {}
+    theirs = []
+    for number, awaited_upto in ((1, 0), (2, 0), (3, BLOCK_BYTES)):
+        order = Order(number, url, (), b"x", size, 0, size, None, b"/x", awaited_upto=awaited_upto)
+        transfers[number] = Transfer(order, lambda *_: Sink(), time.monotonic())
+        sock = socket.create_connection(server.getsockname())
+        sock.setblocking(False)
+        carrier._connected(transfers[number], sock)
+        theirs.append(server.accept()[0])
+    head = b'HTTP/1.1 206 Partial Content\r\nETag: "v"\r\nContent-Length: %d\r\n' % size
+    head += b"Content-Range: bytes 0-%d/%d\r\n\r\n" % (size - 1, size)
+    for sock in theirs:
+        sock.recv(65536)
+        sock.sendall(head + bytes(BLOCK_BYTES // 2))
+
+    began: list[int] = []
+    while len(began) < 3:
+        sockets.wait(1)
+        carrier.receive()
+        began += [number for number, transfer in transfers.items() if transfer.head and number not in began]
+    assert began == [3, 1, 2]
+    for transfer in transfers.values():
+        carrier.release(transfer)
+    for sock in theirs:
+        sock.close()

@@ -14,7 +14,7 @@ from valohai_fuse.fetch import process
 from valohai_fuse.fetch.process import WorkerProcess
 from valohai_fuse.fetch.transfer import Staged
 from valohai_fuse.fetch.wire import Configure
-from valohai_fuse.fetch.worker import Worker, open_segment
+from valohai_fuse.fetch.worker import Worker
 
 
 @pytest.mark.timeout(30)
@@ -66,7 +66,7 @@ def test_what_is_not_written_behind_is_closed(monkeypatch: pytest.MonkeyPatch) -
     """Each refused piece would cost the worker a descriptor and up to 8 MiB of mapped memory, for as long as the disk is slow."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        worker = Worker(theirs, open_segment)
+        worker = Worker(theirs)
         monkeypatch.setattr(worker._behind, "offer", lambda job: False)
         landing = _Landing()
         staged = Staged(_Order, landing, "v", 1024)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store import landing
 from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.store.mappings import KEPT_S, MAPPINGS_MAX
 from valohai_fuse.store.opened import OpenSegment
 
 SIZE = SEGMENT_BYTES + 3 * BLOCK_BYTES + 7
@@ -340,3 +342,38 @@ def test_a_descriptor_that_means_something_else_by_now_is_not_written_to(tmp_pat
     )
     os.close(log)
     os.close(other)
+
+
+def test_memory_that_is_landed_in_again_stays_mapped_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written through the mapping that was kept is what is there; after KEPT_S without use it is given back."""
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    landings = landing.Landings()
+    fd = memfd(DIRECT)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in (1, 2):
+        with landings.open(memory_path(fd), DIRECT, 0, "v") as writer:
+            fill(writer, 0, bytes([number]) * BLOCK_BYTES)
+        assert os.pread(fd, BLOCK_BYTES, segment.DATA_OFFSET) == bytes([number]) * BLOCK_BYTES
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        now_s += KEPT_S / 2
+    assert (landings.due_at_s or 0.0) == now_s + KEPT_S / 2
+    landings.expire(now_s)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    landings.expire(now_s + KEPT_S / 2)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(fd)
+    assert landings.due_at_s is None
+
+
+def test_mappings_are_kept_of_what_is_used_again_and_of_so_many(path: str) -> None:
+    """The memory of a short segment is not used again."""
+    landings = landing.Landings()
+    before = len(os.listdir("/proc/self/fd"))
+    for index, count in ((1, 1), (0, MAPPINGS_MAX + 2)):
+        for _ in range(count):
+            fd = memfd(DIRECT, index)
+            with landings.open(memory_path(fd), DIRECT, index, "v") as writer:
+                fill(writer, index * SEGMENT_BYTES, bytes(BLOCK_BYTES))
+            os.close(fd)
+        assert len(os.listdir("/proc/self/fd")) == before + (0 if index else MAPPINGS_MAX)

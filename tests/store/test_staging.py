@@ -112,6 +112,27 @@ def test_what_was_read_to_its_end_goes_first(store: SegmentStore) -> None:
     trio.run(main)
 
 
+def test_memory_that_was_read_is_used_again_although_there_is_room(tmp_path: Path) -> None:
+    """But not what stands in for the disk, nor what is short."""
+    store = SegmentStore(str(tmp_path / "cache"), memory_bytes_max=5 * FULL)
+
+    async def scenario() -> None:
+        for index in range(4):
+            async with landed(store, nth(index)):
+                pass
+            assert read(store, nth(index)) == content(nth(index))
+            assert store.statistics().memory_segments == 1
+        for index in (4, 5):
+            async with landed(store, nth(index)):
+                pass
+        assert store.statistics().memory_segments == 2
+        assert read(store, nth(5)) == content(nth(5))
+        assert read(store, nth(4)) == content(nth(4))
+
+    trio.run(scenario)
+    store.close()
+
+
 def test_an_end_that_overtook_the_rest_takes_no_memory_away(store: SegmentStore) -> None:
     """The kernel asks for several pieces at once: what it has not been given yet stays, though it is the newest."""
 

@@ -86,7 +86,7 @@ class RawStore:
         self.resumed_connections = 0
         """Those over TLS that took up the session of an earlier one."""
         self.changed = trio.Event()
-        """Set and replaced whenever a request arrives or a connection ends."""
+        """Set and replaced whenever a request arrives, or a connection begins or ends."""
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Until `condition` holds; looked at whenever something happens here."""
@@ -103,6 +103,7 @@ class RawStore:
         connection = self.connections
         self.connections += 1
         self.open_connections += 1
+        self._announce()
         try:
             await self._converse(stream, connection)
         except trio.BrokenResourceError:

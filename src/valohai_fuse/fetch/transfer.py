@@ -203,7 +203,7 @@ class Transfer:
         if due == 0:
             return None
         upto = self._landed_upto + due
-        satisfies = upto == self.order.stop or self._landed_upto < self.order.awaited_upto <= upto
+        satisfies = upto == self.order.stop or (self.is_awaited and self.order.awaited_upto <= upto)
         if satisfies or due >= LAND_BYTES or now_s - self._landed_at_s >= self._interval_s:
             return self._land(due, now_s)
         return None
@@ -233,6 +233,11 @@ class Transfer:
         elif self.is_connecting:
             patience_s *= CONNECTING_PATIENCE
         return self._heard_at_s + patience_s * self._late_patience
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waited, when it was ordered, for what has not landed yet."""
+        return self._landed_upto < self.order.awaited_upto
 
     @property
     def complete(self) -> bool:

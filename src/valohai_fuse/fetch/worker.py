@@ -29,7 +29,7 @@ from valohai_fuse.fetch.curl import CurlCarrier
 from valohai_fuse.fetch.plain import PlainCarrier
 from valohai_fuse.fetch.response import Rejected
 from valohai_fuse.fetch.sockets import Sockets
-from valohai_fuse.fetch.transfer import OpenLanding, Staged, Transfer
+from valohai_fuse.fetch.transfer import Staged, Transfer
 from valohai_fuse.fetch.wire import (
     Cancel,
     Cancelled,
@@ -43,8 +43,8 @@ from valohai_fuse.fetch.wire import (
     frame,
     to_worker_decoder,
 )
-from valohai_fuse.ports import FailureKind, ObjectKey
-from valohai_fuse.store.landing import SegmentWriter
+from valohai_fuse.ports import FailureKind
+from valohai_fuse.store.landing import Landings
 
 _RECEIVE_BYTES: Final = 256 * 1024
 
@@ -52,9 +52,9 @@ _RECEIVE_BYTES: Final = 256 * 1024
 class Worker:
     """The event loop; see the module's text."""
 
-    def __init__(self, control: socket.socket, open_landing: OpenLanding) -> None:
+    def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._open_landing = open_landing
+        self._landings = Landings()
         self._deframer = Deframer()
         self._stall_timeout_s = 30.0
         self._is_over = False
@@ -83,16 +83,19 @@ class Worker:
             self._sockets.wait(self._wait_s())
             if self._is_over:
                 return
+            self._plain.receive()
             now_s = time.monotonic()
             self._give_up_writing(now_s)
             self._curl.tick(now_s)
+            self._landings.expire(now_s)
             self._collect(now_s)  # first: what has ended is told in one message, not two
             self._advance(now_s)
             self._flush()
 
     def _wait_s(self) -> float | None:
         """How long to sleep at the most; None: until something happens."""
-        moments = [at_s for at_s in (self._curl.due_at_s, self._behind.give_up_at_s) if at_s is not None]
+        dues = (self._curl.due_at_s, self._behind.give_up_at_s, self._landings.due_at_s)
+        moments = [at_s for at_s in dues if at_s is not None]
         if self._transfers:
             moments.append(self._look_at_s)
         moments += [at_s for transfer in self._transfers.values() if (at_s := transfer.land_at_s) is not None]
@@ -127,7 +130,7 @@ class Worker:
 
     def _start(self, order: Order) -> None:
         try:
-            transfer = Transfer(order, self._open_landing, time.monotonic())
+            transfer = Transfer(order, self._landings.open, time.monotonic())
             self._send(transfer)
         except Rejected as rejected:
             self._post(Transfer.unsent(order, rejected))
@@ -280,11 +283,6 @@ def _disk(error: OSError) -> Rejected:
     return Rejected(FailureKind.DISK, error.strerror or type(error).__name__)
 
 
-def open_segment(path: str, key: ObjectKey, segment_index: int, version: str) -> SegmentWriter:
-    """The real place to land: a segment file of the block cache."""
-    return SegmentWriter(path, key, segment_index, version)
-
-
 def main() -> None:
     """Serves the socket whose descriptor is the one argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's business; it closes the socket
@@ -292,7 +290,7 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as control:
         control.set_inheritable(False)
         try:
-            Worker(control, open_segment).run()
+            Worker(control).run()
         except (BrokenPipeError, ConnectionResetError):
             return  # the daemon is gone: so are those who waited
 

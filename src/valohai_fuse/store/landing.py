@@ -27,6 +27,7 @@ import errno
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -34,6 +35,7 @@ from typing import Self
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey, Version
+from valohai_fuse.store.mappings import Mappings, map_whole
 
 _REPLACE_ATTEMPTS_MAX = 4
 """Two writers of two versions can take the file from one another; that many times is bad luck, more is a fault."""
@@ -67,19 +69,33 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 class SegmentWriter:
     """Writes blocks of one version of one object into one segment file. One thread uses it at a time."""
 
-    __slots__ = ("_came", "_fd", "_first_block", "_mapped", "_mapped_start", "_seed", "_size", "_start", "_stop")
+    __slots__ = (
+        "_came",
+        "_came_start",
+        "_fd",
+        "_first_block",
+        "_mapped",
+        "_mappings",
+        "_seed",
+        "_size",
+        "_start",
+        "_stop",
+    )
 
-    def __init__(self, path: str, key: ObjectKey, segment_index: int, version: Version) -> None:
-        """Opens the segment at `path`, making or replacing the file where needed.
+    def __init__(
+        self, path: str, key: ObjectKey, segment_index: int, version: Version, mappings: Mappings | None = None
+    ) -> None:
+        """Opens the segment at `path`, making or replacing the file where needed. `mappings`: those that may be used again.
 
         Raises OSError as the disk gave it; ValueError for a version longer than `segment.VERSION_BYTES_MAX` bytes or a
         segment beyond the object's end.
         """
         self._fd = -1
+        self._mappings = mappings
         self._mapped: mmap.mmap | None = None
-        self._mapped_start = 0
         self._came: segment.EntriesInPieces | None = None
         """What vouches for that which was put into the mapped memory."""
+        self._came_start = 0
         length = segment.segment_bytes(key.size, segment_index)
         if length == 0:
             raise ValueError(f"an object of {key.size} bytes has no segment {segment_index}")
@@ -103,8 +119,12 @@ class SegmentWriter:
         """
         view = memoryview(data)
         self._check(offset, offset + len(view))
-        write_all(self._fd, view, segment.DATA_OFFSET + offset - self._start)
+        write_all(self._fd, view, self._place(offset))
         self._vouch(offset, segment.encode_entries(view, self._seed, offset // BLOCK_BYTES))
+
+    def _place(self, offset: int) -> int:
+        """Where in the segment the object's byte at `offset` lies."""
+        return segment.DATA_OFFSET + offset - self._start
 
     def _check(self, offset: int, stop: int) -> None:
         if offset % BLOCK_BYTES or (stop % BLOCK_BYTES and stop != self._size) or stop <= offset:
@@ -121,15 +141,15 @@ class SegmentWriter:
         Raises OSError when there is not as much memory, ValueError for what is not such a range or no segment of the store's.
         """
         self._check(start, stop)
-        self._mapped = mmap.mmap(self._fd, stop - start, _MAPPED, offset=segment.DATA_OFFSET + start - self._start)
-        self._mapped_start = start
+        self._mapped = map_whole(self._fd) if self._mappings is None else self._mappings.map(self._fd, time.monotonic())
         self._came = segment.EntriesInPieces(self._seed, start)
+        self._came_start = start
 
     def put(self, data: bytes | memoryview) -> None:
         """Copies the next bytes to their place; nobody sees them before `vouch`. Any cut, from the start of what is mapped on."""
         assert self._mapped is not None, "map() comes first"
         assert self._came is not None
-        at = self._came.stop - self._mapped_start
+        at = self._place(self._came.stop)
         self._mapped[at : at + len(data)] = data
         self._came.add(data)
 
@@ -145,7 +165,7 @@ class SegmentWriter:
             raise ValueError(f"[{start}, {stop}) has not come")
         if stop == self._size:
             came.end_block()
-        first = (start - self._mapped_start) // BLOCK_BYTES
+        first = (start - self._came_start) // BLOCK_BYTES
         return segment.pack_entries(came.entries[first : first + segment.blocks_in(stop - start)])
 
     def copy_out(self, path: str, key: ObjectKey, version: Version, start: int, stop: int) -> None:
@@ -156,13 +176,13 @@ class SegmentWriter:
         Raises OSError as the disk gave it.
         """
         assert self._mapped is not None, "map() comes first"
-        offset = segment.DATA_OFFSET + start - self._start
+        offset = self._place(start)
         first = start // BLOCK_BYTES - self._first_block
         entries = self._entries(start, stop)
         with (
             SegmentWriter(path, key, self._start // SEGMENT_BYTES, version) as file,
             memoryview(self._mapped) as mapped,
-            mapped[start - self._mapped_start : stop - self._mapped_start] as data,
+            mapped[offset : offset + stop - start] as data,
         ):
             direct = len(data) - len(data) % segment.PAGE_BYTES if len(data) >= _DIRECT_BYTES_MIN else 0
             with _writing_directly(file._fd) as possible:
@@ -174,11 +194,7 @@ class SegmentWriter:
     def close(self) -> None:
         """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""
         fd, self._fd = self._fd, -1
-        mapped, self._mapped = self._mapped, None
-        if mapped is not None:
-            # An error on its way out still refers to what it was about to write: then the mapping goes when that does.
-            with contextlib.suppress(BufferError):
-                mapped.close()
+        self._mapped = None
         if fd >= 0:
             os.close(fd)
 
@@ -189,6 +205,26 @@ class SegmentWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Landings:
+    """Where one process lands: one writer after the other, on mappings of memory segments that are kept for the next."""
+
+    def __init__(self) -> None:
+        self._mappings = Mappings()
+
+    def open(self, path: str, key: ObjectKey, segment_index: int, version: Version) -> SegmentWriter:
+        """As SegmentWriter."""
+        return SegmentWriter(path, key, segment_index, version, self._mappings)
+
+    @property
+    def due_at_s(self) -> float | None:
+        """When `expire` has something to do (`time.monotonic`); None: not before a segment is opened."""
+        return self._mappings.due_at_s
+
+    def expire(self, now_s: float) -> None:
+        """Gives back the memory that has not been landed in for a while."""
+        self._mappings.expire(now_s)
 
 
 def _open_file(path: str, header: bytes) -> int:
@@ -244,9 +280,6 @@ def _are_of_one_segment(found: bytes, own: bytes) -> bool:
         ours.size,
         ours.segment_index,
     )
-
-
-_MAPPED = mmap.MAP_SHARED | mmap.MAP_POPULATE
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@
 A fetch worker lands in one by the path /proc/PID/fd/N, for it runs as the same user. Bounded by what the segments may hold
 when full. A segment is pinned while something lands in it; of the others those go first that have been read to their end,
 the last one first (its memory is warm), then the oldest. A full-sized memfd that goes is used again for the next segment,
-for memory that is new to the process costs several times what a copy does: its header then says what it holds, so a writer
-that comes too late recognises that, and whatever it might still spoil does not verify.
+and one that was read goes as soon as another is wanted, for memory that is new to the process costs several times what a
+copy does: its header then says what it holds, so a writer that comes too late recognises that, and whatever it might still
+spoil does not verify.
 
 Not thread-safe: the store calls this under its lock.
 """
@@ -149,21 +150,27 @@ class MemorySegments:
 
     def _make_room(self, wanted: int) -> tuple[bool, OpenSegment | None]:
         """Forgets segments until `wanted` bytes fit: whether they do, and one of full size whose memory may be used again."""
+        if wanted == _FULL_BYTES:
+            # Also where there is room: memory that is new costs more than a copy, and what was read is the kernel's to keep.
+            for place in self._free_read():
+                held = self._held[place]
+                if held.bytes_when_full == wanted and not held.stands_in:
+                    return True, self._drop(place).opened
         while self._held and (self.bytes_when_full + wanted > self.bytes_max or len(self._held) >= SEGMENTS_MAX):
-            place = self._victim()
-            if place is None:
+            victim = next(iter(self._free_read()), None) or self._oldest()
+            if victim is None:
                 return False, None
-            held = self._drop(place)
+            held = self._drop(victim)
             if held.bytes_when_full == wanted == _FULL_BYTES:
                 return True, held.opened
         return True, None
 
-    def _victim(self) -> _Place | None:
-        while self._read:
-            place = self._read.pop()
-            held = self._held.get(place)
-            if held is not None and held.is_read and not held.pins:
-                return place
+    def _free_read(self) -> list[_Place]:
+        """The segments that have been read to their end and are not pinned, the last one first."""
+        self._read = [place for place in self._read if (held := self._held.get(place)) is not None and held.is_read]
+        return [place for place in reversed(self._read) if not self._held[place].pins]
+
+    def _oldest(self) -> _Place | None:
         return next((place for place, held in self._held.items() if not held.pins), None)
 
 
