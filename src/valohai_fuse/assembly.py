@@ -55,23 +55,39 @@ class Fetching:
         )
 
 
+async def open_workers(
+    settings: Settings, metrics: Metrics, stack: AsyncExitStack, *, keeps_one: bool = False
+) -> WorkerPool:
+    """Fetch workers until `stack` ends; so far there is none. Raises ConfigurationError.
+
+    `keeps_one`: one stays however idle, for where starting another may hang.
+    """
+    pool = WorkerPool(
+        metrics=metrics,
+        workers=settings.workers,
+        connections=settings.connections,
+        connect_timeout_s=settings.connect_timeout,
+        stall_timeout_s=settings.stall_timeout,
+        ca_file=settings.ca_file,
+        hedging=settings.hedging,
+        keeps_one=keeps_one,
+    )
+    return await stack.enter_async_context(open_pool(pool))
+
+
 async def open_fetching(
     settings: Settings,
     catalogue: Catalogue,
     store: BlockStore,
+    pool: WorkerPool,
     metrics: Metrics,
     stack: AsyncExitStack,
     *,
     fill: FillLimits = FillLimits(),  # noqa: B008 - frozen
-    keeps_worker: bool = False,
 ) -> tuple[Fetching, trio.Nursery]:
-    """Builds it in a nursery of its own, which is cancelled when `stack` ends. Raises ConfigurationError.
-
-    `keeps_worker`: one worker stays however idle, for where starting another may hang.
-    """
+    """Builds it in a nursery of its own, which is cancelled when `stack` ends. Raises ConfigurationError."""
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
-    pool = await stack.enter_async_context(open_pool(_pool(settings, metrics, keeps_one=keeps_worker)))
     api = open_api(settings)
     if api is not None:
         stack.push_async_callback(api.aclose)
@@ -117,19 +133,6 @@ async def open_fetching(
 def _within_cache(window_bytes: int, settings: Settings, *, share: int) -> int:
     """Not more than a part of a small cache: what is fetched ahead must still be there when the reader comes."""
     return min(window_bytes, settings.cache_max_size // share) if settings.cache_max_size else window_bytes
-
-
-def _pool(settings: Settings, metrics: Metrics, *, keeps_one: bool) -> WorkerPool:
-    return WorkerPool(
-        metrics=metrics,
-        workers=settings.workers,
-        connections=settings.connections,
-        connect_timeout_s=settings.connect_timeout,
-        stall_timeout_s=settings.stall_timeout,
-        ca_file=settings.ca_file,
-        hedging=settings.hedging,
-        keeps_one=keeps_one,
-    )
 
 
 def open_api(settings: Settings) -> ValohaiApi | None:

@@ -21,7 +21,7 @@ import trio
 
 from valohai_fuse import errors
 from valohai_fuse.allocator import keep_freed_memory
-from valohai_fuse.assembly import open_fetching
+from valohai_fuse.assembly import open_fetching, open_workers
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
@@ -76,8 +76,14 @@ class Daemon:
     async def run(self, report: ReportPipe) -> None:
         """Mounts, reports, serves until it is told to end or the mount is gone."""
         settings, spec = self.settings, self.spec
-        manifest = manifest_file.load(settings.config_dir, spec.inputs)
         async with AsyncExitStack() as stack:
+            disk = DiskCalls(may_hang=directory.may_hang(settings.cache_dir))
+            pool = await open_workers(settings, self.metrics, stack, keeps_one=disk.may_hang)
+            if spec.starts_worker or disk.may_hang:
+                # Beside all that follows, which takes as long; and on a disk that may hang before there is a file open on it,
+                # which a new process would have to close first.
+                pool.prewarm()
+            manifest = manifest_file.load(settings.config_dir, spec.inputs)
             stack.callback(manifest.close)
             base = settings.inputs_dir if spec.as_root else spec.mountpoint
             local = _local_files(base, spec)
@@ -95,7 +101,6 @@ class Daemon:
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
             budget = _budget(settings)
-            disk = DiskCalls(may_hang=directory.may_hang(settings.cache_dir))
             room = Room(settings.cache_dir, budget, disk=disk)
             staged_bytes = settings.readahead_total + STAGED_BEHIND_BYTES
             memory_bytes_max = max(MEMORY_BYTES_MAX, staged_bytes)
@@ -106,12 +111,7 @@ class Daemon:
                 settings.connections,
                 is_kept=lambda: store.statistics().disk_well,
             )
-            fetching, nursery = await open_fetching(
-                settings, catalogue, store, self.metrics, stack, fill=fill, keeps_worker=disk.may_hang
-            )
-            self.get_ready = fetching.get_ready
-            if disk.may_hang:
-                self.get_ready()  # before there is a file open on it, which a new process would have to close first
+            fetching, nursery = await open_fetching(settings, catalogue, store, pool, self.metrics, stack, fill=fill)
             evictor = Evictor(
                 settings.cache_dir, budget, room=room, touch_used=store.touch_used, in_use=store.being_read
             )
@@ -193,8 +193,6 @@ class Daemon:
                     warnings=self.tree.warnings[:WARNINGS_REPORTED_MAX],
                 )
             )
-            if spec.starts_worker:
-                self.get_ready()
             await self._wait_ending(session)
         finally:
             with trio.CancelScope(shield=True):

@@ -22,7 +22,7 @@ from typing import Final
 import trio
 
 from valohai_fuse import errors
-from valohai_fuse.assembly import open_fetching
+from valohai_fuse.assembly import open_fetching, open_workers
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.engine.prefetch import Progress
 from valohai_fuse.inspection import Catalogue
@@ -146,7 +146,9 @@ async def _download(
         catalogue = Catalogue(manifest, tree)
         store = SegmentStore(os.path.join(partial_dir, "blocks"))
         stack.callback(store.close)
-        fetching, _ = await open_fetching(settings, catalogue, store, Counts(), stack)
+        metrics = Counts()
+        pool = await open_workers(settings, metrics, stack)
+        fetching, _ = await open_fetching(settings, catalogue, store, pool, metrics, stack)
         prefetch = fetching.prefetch(IntoFiles(catalogue, store, target_fd, partial_dir), Priority.DEMAND)
         interrupted = await _until_done_or_told(
             lambda: prefetch.run(tree.walk_files(ROOT)), lambda: show(prefetch.progress())

@@ -25,7 +25,7 @@ class MountSpec(msgspec.Struct, frozen=True, kw_only=True):
     as_root: bool = False
     """Each input as a top directory of one tree."""
     starts_worker: bool = False
-    """Start the first fetch worker as soon as the mount answers: the first read need not wait for it."""
+    """Start the first fetch worker while everything else is built: the first read need not wait for it."""
     control_path: str = ""
     """Where the daemon listens for status, info and unmount (unix socket, 0600)."""
     log_to_stderr: bool = False

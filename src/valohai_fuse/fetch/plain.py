@@ -38,7 +38,7 @@ RECEIVE_BYTES: Final = 256 * 1024
 _RECEIVES_MAX: Final = 8
 """In one turn of the loop, which then looks what else there is to do."""
 SPARES_FROM_BYTES: Final = 32 * 1024 * 1024
-"""An object of which so much lies behind what is asked for may soon be read by several requests at once."""
+"""An object of this size is likely to be read by several requests at once."""
 _PLAIN_ORIGIN: Final = re.compile(rb"http://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?\Z")
 _LIBCURLS_HEADERS: Final = frozenset(
     {
@@ -137,7 +137,7 @@ class PlainCarrier:
         if not connection.is_counted:
             connection.is_counted = True
             transfer.connections_new += 1
-        if transfer.order.size - transfer.order.stop >= SPARES_FROM_BYTES:
+        if transfer.order.size >= SPARES_FROM_BYTES:
             self._connections.open_spares(connection, now_s)
         self._send(connection, transfer)
         if connection.unsent and connection.transfer is transfer:

@@ -4,17 +4,21 @@ The governing trade-off: each scattered miss costs a round trip for 128 KiB, and
 much lies idle meanwhile; but nobody asked for the rest of the file, and bytes have a price. Whether the reader will go on is
 unknown, so this follows who rents skis until the rent has reached the price of a pair. Rent, since the reader last paused:
 - *bytes*: scattered misses must have fetched 1/16 of what would be fetched, so that a reader who then stops has caused at most
-  16 times what it had read already;
+  16 times what it had read already; less of a file that is small beside `bytes_max`, 1/128 at the least;
 - *time*: readers must have waited as long as completing takes, at the rate at which that goes. With a store next door a miss
-  is cheap, and nothing is bought.
+  is cheap, and nothing is bought. The rate is thought to be a fast line's until the first pieces have shown what it is: to
+  find that out costs a few MiB, to wait for longer than need be costs a reader its time.
 
-Only a reader that comes back has rent to pay: at least half of the misses must lie in segments that were missed before, with
-other places in between. One pass over a file, say over a column of it, needs nothing where it has been.
+One pass over a file, say over a column of it, needs nothing where it has been. Two things tell another reader from that:
+- it *comes back*: at least half of the misses lie in segments that were missed before, with other places in between;
+- it jumps *in no order*: its misses make up more ascending sequences, and more descending ones, than threads that each go
+  through a part of the file (`model.order`). That shows sooner, and less surely, so it counts where the file is small beside
+  `bytes_max`.
 
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
-touched: a reader that keeps to a part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing.
-So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is readahead's business and starts the
-account anew; so does a pause.
+touched, or a third, if it is small: a reader that keeps to a part of a file gets that part, and one that touches more than
+`bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is
+readahead's business and starts the account anew; so does a pause.
 
 Pure: times are given, in seconds of any clock. Knows nothing of what is cached or in flight; who carries a piece out subtracts
 that and says when there is nothing left to order of it.
@@ -26,19 +30,28 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
+from valohai_fuse.model.order import DISORDER_MIN, Order
 
-MISSES_MIN = 64
+MISSES_MIN = 32
 """Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
 
 SPENT_SHARE_MIN = 1 / 16
 
+SMALL_SHARE_MAX = 1 / 8
+"""Of `bytes_max`: a file up to this is small."""
+
+RETURN_MISSES_MIN = 64
 RETURN_SHARE_MIN = 1 / 2
 RETURN_DISTANCE = 16
 """Misses elsewhere since the last one in a segment, that make the next one a return (a quarter of the segments, where that is
 less): threads that scan row groups side by side leave a place and are back at once."""
 
+DISORDER_MIN_BEGUN = 1.0
+"""Once begun: then only that is still missed which is not complete yet, and that in the order in which it is completed."""
+
 WHOLE_SHARE_MIN = 3 / 4
 """Of a file's segments touched: from then on it is read all over, and its other segments are wanted as well."""
+WHOLE_SHARE_MIN_SMALL = 1 / 3
 
 PIECE_BYTES_MAX = 2 * 1024 * 1024
 """Ordered at once: a read that falls into a piece under way waits for it, so it must not take much more than a round trip."""
@@ -52,9 +65,10 @@ RUN_BYTES_MAX = SEGMENT_BYTES
 WAIT_S_MAX = 0.5
 """What one miss may count for: an outage is no reason to fetch more."""
 
-RATE_BYTES_S = 100e6
-"""Assumed until something was fetched: two connections to an object store in the same region."""
-MEASURED_BYTES_MIN = 4 * 1024 * 1024
+RATE_BYTES_S = 800e6
+"""Assumed until something was fetched: a host with 10 Gbit/s, in the store's region."""
+MEASURED_BYTES = 16 * 1024 * 1024
+"""The rate is that at which about so many came lately; of the first ones fewer are under way than the line bears."""
 MISJUDGED_MAX = 4
 """Once begun, it is not ended by a rate somewhat below the assumed one, only by a line that makes the price this many times the
 rent: with both halves of a decision wrong one pays for both."""
@@ -78,11 +92,13 @@ class Fill:
     _latest: dict[int, int] = field(default_factory=dict)
     """Segment -> which of all misses the last one in it was."""
     _returns: int = 0
+    _order: Order = field(default_factory=Order)
     _complete: set[int] = field(default_factory=set)
     _current: Extent | None = None
     _ordered_bytes_current: int = 0
     _ordered_bytes: int = 0
-    _landed_bytes: int = 0
+    _landed_bytes: float = 0.0
+    """Lately, and while pieces were under way for `_busy_s`."""
     _busy_s: float = 0.0
     _failures: int = 0
 
@@ -99,6 +115,7 @@ class Fill:
             elsewhere = self._misses - self._latest.get(index, self._misses) - 1
             self._returns += elsewhere >= max(1, min(RETURN_DISTANCE, len(self._touched) // 4))
             self._latest[index] = self._misses
+            self._order.add(start)
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
             self._begin_anew()  # wider than what may be bought: as if nothing had been seen
@@ -110,6 +127,9 @@ class Fill:
 
     def on_landed(self, byte_count: int, busy_s: float) -> None:
         """Pieces brought so much, while at least one was under way for so long."""
+        if self._landed_bytes >= MEASURED_BYTES:
+            self._landed_bytes /= 2
+            self._busy_s /= 2
         self._landed_bytes += byte_count
         self._busy_s += busy_s
 
@@ -122,11 +142,11 @@ class Fill:
         """Whether the rent has reached the price, by what is known now."""
         return (
             self._misses >= MISSES_MIN
-            and self._returns >= RETURN_SHARE_MIN * self._misses
+            and (self._comes_back or (self._is_small and self._is_unordered))
             and self._failures < FAILURES_MAX
             and self._ordered_bytes < self.bytes_max
             and self._wanted_bytes <= self.bytes_max
-            and self._spent_bytes >= SPENT_SHARE_MIN * self._wanted_bytes
+            and self._spent_bytes >= self._spent_share_min * self._wanted_bytes
             and self._waited_s * (MISJUDGED_MAX if self._ordered_bytes else 1) >= self._left_bytes / self._rate_bytes_s
         )
 
@@ -164,6 +184,22 @@ class Fill:
         return Extent(start, min(start + PIECE_BYTES_MAX, self.size))
 
     @property
+    def _comes_back(self) -> bool:
+        return self._misses >= RETURN_MISSES_MIN and self._returns >= RETURN_SHARE_MIN * self._misses
+
+    @property
+    def _is_unordered(self) -> bool:
+        return self._order.disorder >= (DISORDER_MIN_BEGUN if self._ordered_bytes else DISORDER_MIN)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.size <= SMALL_SHARE_MAX * self.bytes_max
+
+    @property
+    def _spent_share_min(self) -> float:
+        return SPENT_SHARE_MIN * max(SMALL_SHARE_MAX, min(1.0, self.size / max(1, self.bytes_max)))
+
+    @property
     def _touched_bytes(self) -> int:
         return min(len(self._touched) * SEGMENT_BYTES, self.size)
 
@@ -171,7 +207,8 @@ class Fill:
     def _wanted(self) -> Collection[int]:
         """The segments to complete."""
         all_of_them = range(-(-self.size // SEGMENT_BYTES))
-        is_whole = self.size <= self.bytes_max and len(self._touched) >= WHOLE_SHARE_MIN * len(all_of_them)
+        share_min = WHOLE_SHARE_MIN_SMALL if self._is_small else WHOLE_SHARE_MIN
+        is_whole = self.size <= self.bytes_max and len(self._touched) >= share_min * len(all_of_them)
         return all_of_them if is_whole else self._touched.keys()
 
     @property
@@ -184,12 +221,13 @@ class Fill:
 
     @property
     def _rate_bytes_s(self) -> float:
-        is_measured = self._landed_bytes >= MEASURED_BYTES_MIN and self._busy_s > 0
+        is_measured = self._landed_bytes >= MEASURED_BYTES / 2 and self._busy_s > 0
         return self._landed_bytes / self._busy_s if is_measured else RATE_BYTES_S
 
     def _begin_anew(self) -> None:
         self._misses = self._returns = self._spent_bytes = 0
         self._latest.clear()
+        self._order = Order()
         self._waited_s = 0.0
         self._touched.clear()
         self._complete.clear()

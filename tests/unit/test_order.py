@@ -1,0 +1,79 @@
+"""Which sequences of places show that they are in no order, and how soon."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterable
+
+import pytest
+
+from valohai_fuse.model.order import DISORDER_MIN, Order
+
+
+def shows_after(places: Iterable[int]) -> int | None:
+    """After how many of the places it shows that they are in no order, 32 at the least."""
+    order = Order()
+    for number, place in enumerate(places, 1):
+        order.add(place)
+        if number >= 32 and order.disorder >= DISORDER_MIN:
+            return number
+    return None
+
+
+def lanes(count: int, seed: int) -> list[int]:
+    """So many threads, each going through its own part at its own pace."""
+    dice = random.Random(seed)
+    at = [lane * 10**6 for lane in range(count)]
+    places = []
+    for _ in range(2000):
+        lane = dice.randrange(count)
+        at[lane] += dice.randrange(1, 1000)
+        places.append(at[lane])
+    return places
+
+
+def jittered(window: int, seed: int) -> list[int]:
+    """One pass, of which so many requests are under way at once and arrive in any order."""
+    dice = random.Random(seed)
+    coming = list(range(window))
+    places = []
+    for step in range(window, 2000):
+        place = dice.randrange(window)
+        places.append(coming[place])
+        coming[place] = step
+    return places
+
+
+def test_random_places_show_within_some_dozens() -> None:
+    found = [shows_after(random.Random(seed).choices(range(10**9), k=300)) for seed in range(100)]
+    assert all(found)
+    assert statistics.median(number for number in found if number) <= 40
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_passes_side_by_side_are_an_order(count: int, *, backwards: bool) -> None:
+    """By up to eight threads, in either direction, also where their requests overtake one another."""
+    sign = -1 if backwards else 1
+    for seed in range(10):
+        assert shows_after(sign * place for place in lanes(count, seed)) is None
+        assert shows_after(sign * place for place in jittered(count, seed)) is None
+
+
+def test_one_place_again_and_again_is_an_order() -> None:
+    assert shows_after([5] * 1000) is None
+
+
+def test_a_pass_after_disorder_is_an_order_again() -> None:
+    """What a reader does long enough counts for more than how it began."""
+    order = Order()
+    for place in random.Random(1).choices(range(10**9), k=100):
+        order.add(place)
+    assert order.disorder >= DISORDER_MIN
+    for place in range(200):
+        order.add(10**9 + place)
+    assert order.disorder < DISORDER_MIN
+    for place in random.Random(2).choices(range(10**9), k=10_000):
+        order.add(place)
+    assert order.disorder >= DISORDER_MIN
