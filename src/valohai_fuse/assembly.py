@@ -56,11 +56,15 @@ class Fetching:
 
 
 async def open_workers(
-    settings: Settings, metrics: Metrics, stack: AsyncExitStack, *, keeps_one: bool = False
+    settings: Settings,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    *,
+    disk_may_hang: bool = False,
 ) -> WorkerPool:
     """Fetch workers until `stack` ends; so far there is none. Raises ConfigurationError.
 
-    `keeps_one`: one stays however idle, for where starting another may hang.
+    `disk_may_hang`: as for the pool.
     """
     pool = WorkerPool(
         metrics=metrics,
@@ -70,7 +74,7 @@ async def open_workers(
         stall_timeout_s=settings.stall_timeout,
         ca_file=settings.ca_file,
         hedging=settings.hedging,
-        keeps_one=keeps_one,
+        disk_may_hang=disk_may_hang,
     )
     return await stack.enter_async_context(open_pool(pool))
 

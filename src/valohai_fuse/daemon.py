@@ -78,7 +78,7 @@ class Daemon:
         settings, spec = self.settings, self.spec
         async with AsyncExitStack() as stack:
             disk = DiskCalls(may_hang=directory.may_hang(settings.cache_dir))
-            pool = await open_workers(settings, self.metrics, stack, keeps_one=disk.may_hang)
+            pool = await open_workers(settings, self.metrics, stack, disk_may_hang=disk.may_hang)
             if spec.starts_worker or disk.may_hang:
                 # Beside all that follows, which takes as long; and on a disk that may hang before there is a file open on it,
                 # which a new process would have to close first.

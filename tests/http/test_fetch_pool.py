@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import trio.testing
 
 from support.fake_fetcher import ramp
 from support.fetch_rig import CONTENT, SECRET, SIZE, RecordingMetrics, Rig, landed_blocks, landed_bytes, rig
-from support.raw_store import Answer, End, Request, partial
+from support.raw_store import ETAG, Answer, End, Request, partial
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.fetch.pool import WorkerPool, open_pool
 from valohai_fuse.model import segment
@@ -73,6 +75,32 @@ def test_a_staged_order_lands_in_memory_first_and_is_over_when_its_file_has_it(t
             assert r.reports[-1].upto == SIZE
             assert landed_bytes(order) == CONTENT
             assert landed_bytes(replace(order, segment_path=staging)) == CONTENT
+            os.close(int(staging.rpartition("/")[2]))
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.1 206 Some", "HTTP/1.1 200 All"])
+def test_what_is_received_into_memory_is_what_was_sent(tmp_path: Path, head: str) -> None:
+    """In whatever pieces it comes; of an answer that is the whole object no byte beyond the order is taken."""
+    size = 20 * BLOCK_BYTES + 77
+    content = ramp(size)
+
+    async def scenario() -> None:
+        async with rig(tmp_path, content) as r:
+            whole = head.endswith("All")
+            body = content if whole else content[: -BLOCK_BYTES - 77]
+            lines = f"{head}\r\nETag: {ETAG}\r\nContent-Length: {len(body)}\r\n"
+            lines += "" if whole else f"Content-Range: bytes 0-{len(body) - 1}/{size}\r\n"
+            dice = random.Random(3)
+            cuts = sorted(dice.sample(range(1, len(body)), 40))
+            pieces = [body[a:b] for a, b in itertools.pairwise((0, *cuts, len(body)))]
+            r.store.answers.append([lines.encode() + b"\r\n", *(x for piece in pieces for x in (piece, 0.002))])
+            order = r.order(0, size - BLOCK_BYTES - 77, staging_path=(staging := _memory(r.order())))
+            await r.fetch(order)
+            for landed in (order, replace(order, segment_path=staging)):
+                assert landed_bytes(landed) == content[: -BLOCK_BYTES - 77]
+            assert len(landed_blocks(replace(order, segment_path=staging))) == 19
             os.close(int(staging.rpartition("/")[2]))
 
     trio.run(scenario)
@@ -347,7 +375,7 @@ def test_one_worker_stays_where_another_could_not_start(tmp_path: Path) -> None:
     """With a file system that hangs, a new process hangs as well."""
 
     async def scenario() -> None:
-        async with rig(tmp_path, idle_s=0.02, keeps_one=True) as r:
+        async with rig(tmp_path, idle_s=0.02, disk_may_hang=True) as r:
             await r.fetch(r.order())
             await trio.sleep(0.5)  # five times as long as the last one may be idle otherwise
             assert len(r.pool.worker_pids) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from support.fetch_rig import CONTENT, SIZE, Rig, landed_bytes, rig
+from support.fetch_rig import CONTENT, SIZE, Rig, landed_blocks, landed_bytes, rig
 from support.raw_store import Answer, End, Request, partial, plain
 from valohai_fuse.fetch.tickets import Leg
 from valohai_fuse.model import segment
@@ -25,11 +25,21 @@ CUT = partial(CONTENT, 0, SIZE)[: BLOCK_BYTES + 30_000]
 """The head, the first block and a part of the second."""
 
 
-def _run(directory: Path, scenario: Scenario, *, workers: int = 1, connections: int = 16, hedging: bool = True) -> None:
+def _run(
+    directory: Path,
+    scenario: Scenario,
+    *,
+    workers: int = 1,
+    connections: int = 16,
+    hedging: bool = True,
+    disk_may_hang: bool = False,
+) -> None:
     """On a pool that knows how soon its store answers."""
 
     async def main() -> None:
-        async with rig(directory, workers=workers, connections=connections, hedging=hedging) as r:
+        async with rig(
+            directory, workers=workers, connections=connections, hedging=hedging, disk_may_hang=disk_may_hang
+        ) as r:
             await _both_workers(r, workers)
             for i in range(SAMPLES_MIN + 30):
                 await r.fetch(r.order(0, BLOCK_BYTES, name=f"known{i}"))
@@ -301,7 +311,8 @@ def test_the_object_changes_between_the_two(tmp_path: Path) -> None:
 
 
 def test_a_staged_order_is_over_when_nobody_writes_to_its_memory_any_more(tmp_path: Path) -> None:
-    """The loser's worker stands still: readers go on with what has landed, and the memory is kept until it has let go."""
+    """The loser's worker stands still: readers go on with what has landed, and the memory is kept until it has let go. The second
+    request has landed in the file, for the memory has one writer."""
 
     async def scenario(r: Rig) -> None:
         gate, ended = trio.Event(), trio.Event()
@@ -323,7 +334,10 @@ def test_a_staged_order_is_over_when_nobody_writes_to_its_memory_any_more(tmp_pa
                 gate.set()
                 while first.ticket.upto < SIZE or second in _legs(r):  # noqa: ASYNC110 - nobody is told
                     await trio.sleep(0.005)
-                assert landed_bytes(replace(order, segment_path=staging)) == CONTENT
+                in_memory, in_file = landed_blocks(replace(order, segment_path=staging)), landed_blocks(order)
+                assert min(in_memory) == 0
+                assert not in_memory.keys() & in_file.keys()
+                assert b"".join(data for _, data in sorted((in_memory | in_file).items())) == CONTENT
                 assert r.reports[-1].upto == SIZE
                 assert not ended.is_set()
             finally:
@@ -332,6 +346,24 @@ def test_a_staged_order_is_over_when_nobody_writes_to_its_memory_any_more(tmp_pa
         os.close(int(staging.rpartition("/")[2]))
 
     _run(tmp_path, scenario, workers=2)
+
+
+def test_what_lands_in_memory_only_is_not_asked_for_twice(tmp_path: Path) -> None:
+    """Where the disk may hang nothing is landed in a file but by a thread, and memory has one writer."""
+
+    async def scenario(r: Rig) -> None:
+        gate = trio.Event()
+        r.store.answers.append([gate, partial(CONTENT, 0, SIZE)])
+        order = r.order(staging_path=(staging := _memory(r.order())))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.fetch, order)
+            await _requests(r, 1)
+            await _until_late(r)
+            gate.set()
+        assert len(r.store.requests) == 1
+        os.close(int(staging.rpartition("/")[2]))
+
+    _run(tmp_path, scenario, disk_may_hang=True)
 
 
 def test_a_worker_dies_with_one_of_the_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

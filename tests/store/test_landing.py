@@ -377,3 +377,17 @@ def test_mappings_are_kept_of_what_is_used_again_and_of_so_many(path: str) -> No
                 fill(writer, index * SEGMENT_BYTES, bytes(BLOCK_BYTES))
             os.close(fd)
         assert len(os.listdir("/proc/self/fd")) == before + (0 if index else MAPPINGS_MAX)
+
+
+def test_the_mapping_of_what_was_given_up_is_not_kept() -> None:
+    """Its memory is not used again, and what has landed there can still be written."""
+    landings = landing.Landings()
+    before = len(os.listdir("/proc/self/fd"))
+    fd = memfd(DIRECT)
+    with landings.open(memory_path(fd), DIRECT, 0, "v") as writer:
+        fill(writer, 0, bytes(BLOCK_BYTES))
+        writer.give_up()
+        assert landings.due_at_s is None
+        assert os.pread(fd, 8, segment.DATA_OFFSET) == bytes(8)
+    os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before

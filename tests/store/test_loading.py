@@ -16,7 +16,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, NotHere, ObjectKey
 from valohai_fuse.store import loading
 from valohai_fuse.store.calls import DiskCalls
-from valohai_fuse.store.landing import SegmentWriter, is_memory_path
+from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.opened import OpenSegment
 from valohai_fuse.store.segments import SegmentStore
 
@@ -190,10 +190,8 @@ def test_a_file_that_is_evicted_or_cut_short_while_it_is_loaded(
     assert read(store, nth(1)) is ABSENT
 
 
-def test_a_worker_that_lands_there_meanwhile_is_not_overwritten(
-    store: SegmentStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half is on the disk and is loaded; the other half is fetched and lands in the same memory at the same time."""
+def test_a_worker_that_lands_meanwhile_lands_in_the_file(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half is on the disk and is loaded; the other half is fetched at the same time, and both are read."""
     half = Extent(0, SEGMENT_BYTES // 2)
     rest = Extent(half.stop, SEGMENT_BYTES)
     land(store, half)
@@ -212,8 +210,8 @@ def test_a_worker_that_lands_there_meanwhile_is_not_overwritten(
             await began.wait()
             async with store.landing(KEY, rest, ahead=False, staged=True) as place:
                 assert place is not None
-                assert is_memory_path(place.staging_path)
-                with SegmentWriter(place.staging_path, KEY, 0, "v") as writer:
+                assert place.staging_path == ""
+                with SegmentWriter(place.segment_path, KEY, 0, "v") as writer:
                     monkeypatch.undo()
                     writer.land(rest.start, content(rest))
                 go_on.set()

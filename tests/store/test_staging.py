@@ -15,6 +15,7 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, LandingPlace, NotHere, ObjectKey
+from valohai_fuse.store.calls import DiskCalls
 from valohai_fuse.store.landing import SegmentWriter, is_memory_path
 from valohai_fuse.store.places import ABANDONED_S, STAGED_IDLE_S
 from valohai_fuse.store.room import Room
@@ -208,6 +209,73 @@ def test_what_was_given_up_may_still_be_written(tmp_path: Path, clock: Clock, mo
         store.close()
 
     trio.run(main)
+
+
+def test_where_a_fetch_was_given_up_nothing_else_lands_in_memory(tmp_path: Path, clock: Clock) -> None:
+    """Its worker may not have heard of it for as long as it likes: that part is landed in the file, the rest beside it in
+    memory, and the memory is not used again."""
+    store = SegmentStore(str(tmp_path / "cache"), memory_bytes_max=FULL, monotonic=clock)
+    half = SEGMENT_BYTES // 2
+    lower, upper = Extent(0, half), Extent(half, SEGMENT_BYTES)
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with landed(store, lower) as place:
+                memory = os.stat(place.staging_path).st_ino
+                scope.cancel()
+                await trio.sleep_forever()
+        clock.now_s += 1000 * ABANDONED_S
+        async with store.landing(KEY, lower, ahead=False, staged=True) as place:
+            assert place is not None
+            assert (place.staging_path, is_memory_path(place.segment_path)) == ("", False)
+        async with landed(store, upper) as place:
+            assert os.stat(place.staging_path).st_ino == memory
+        assert read(store, nth(0)) == content(nth(0)), "what had landed is still there"
+        async with landed(store, nth(1)) as place:
+            assert os.stat(place.staging_path).st_ino != memory
+
+    trio.run(main)
+    store.close()
+
+
+def test_while_a_segment_is_loaded_nothing_lands_in_its_memory(store: SegmentStore) -> None:
+    async def main() -> None:
+        into = store._places.begin_loading((KEY, 0))
+        assert into is not None
+        async with store.landing(KEY, nth(0), ahead=False, staged=True) as place:
+            assert place is not None
+            assert place.staging_path == ""
+        store._places.end_loading(into, loaded=True)
+        async with landed(store, nth(0)) as place:
+            assert os.stat(place.staging_path).st_ino == os.fstat(into.opened.fd).st_ino
+
+    trio.run(main)
+
+
+def test_on_a_disk_that_may_hang_other_memory_is_found(tmp_path: Path, clock: Clock) -> None:
+    """For there nothing is landed in the file directly; unless something lands in the old memory, which must stay."""
+    disk = DiskCalls(may_hang=True)
+    store = SegmentStore(str(tmp_path / "cache"), disk=disk, memory_bytes_max=3 * FULL, monotonic=clock)
+    half = SEGMENT_BYTES // 2
+    lower, upper = Extent(0, half), Extent(half, SEGMENT_BYTES)
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with landed(store, lower) as place:
+                memory = os.stat(place.staging_path).st_ino
+                scope.cancel()
+                await trio.sleep_forever()
+        async with landed(store, upper) as place:
+            assert os.stat(place.staging_path).st_ino == memory
+            async with store.landing(KEY, lower, ahead=False, staged=True) as other:
+                assert other is not None
+                assert other.staging_path == ""
+        async with landed(store, lower) as place:
+            assert os.stat(place.staging_path).st_ino != memory
+        assert read(store, lower) == content(lower)
+
+    trio.run(main)
+    store.close()
 
 
 def test_what_is_lent_is_not_copied_and_what_is_given_stays(store: SegmentStore) -> None:

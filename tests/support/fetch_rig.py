@@ -141,7 +141,7 @@ async def rig(
     connect_timeout_s: float = 5,
     stall_timeout_s: float = 20,
     idle_s: float = 60,
-    keeps_one: bool = False,
+    disk_may_hang: bool = False,
     ca_file: str | None = None,
     tls: bool = False,
     tls_version: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED,
@@ -156,7 +156,7 @@ async def rig(
         connect_timeout_s=connect_timeout_s,
         stall_timeout_s=stall_timeout_s,
         idle_s=idle_s,
-        keeps_one=keeps_one,
+        disk_may_hang=disk_may_hang,
         ca_file=ca_file,
         hedging=hedging,
     )

@@ -139,3 +139,17 @@ def test_rubbish_is_rejected_and_nothing_else() -> None:
             continue
         assert len(body) <= len(raw)
         assert answer.began == bool(raw)
+
+
+def test_what_is_body_and_nothing_else_may_be_read_elsewhere() -> None:
+    """As many bytes as are known to be: none before the head, none of chunks or of what goes on to the connection's end."""
+    answer, _ = feed(SIZED[:-1])
+    assert answer.plain_bytes == 0
+    answer, body = feed(SIZED + b"12")
+    assert (body, answer.plain_bytes) == (b"12", 3)
+    answer.took(2)
+    assert (answer.plain_bytes, answer.ended) == (1, False)
+    answer.took(1)
+    assert (answer.plain_bytes, answer.ended, answer.keeps) == (0, True, True)
+    for unframed in (CHUNKED + b"5\r\n12", b"HTTP/1.1 200 OK\r\n\r\n12"):
+        assert feed(unframed)[0].plain_bytes == 0

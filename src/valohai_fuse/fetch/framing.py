@@ -59,6 +59,18 @@ class Answer:
         """How many bytes to read next, `most` at the most: none of the next answer, where that is known."""
         return most if self._left_bytes is None else min(most, self._left_bytes)
 
+    @property
+    def plain_bytes(self) -> int:
+        """How many bytes come next that are body and nothing else, at the least; who reads them elsewhere says so by `took`."""
+        return self._left_bytes if self._left_bytes is not None and self.head is not None and not self.ended else 0
+
+    def took(self, byte_count: int) -> None:
+        """So many of `plain_bytes` have come and need not be fed."""
+        assert self._left_bytes is not None
+        assert byte_count <= self._left_bytes
+        self._left_bytes -= byte_count
+        self.ended = not self._left_bytes
+
     def feed(self, data: memoryview) -> list[memoryview]:
         """What of `data`, the next bytes, is body, in pieces. Raises Rejected(PROTOCOL) for what is not HTTP/1.x."""
         if self.head is None:

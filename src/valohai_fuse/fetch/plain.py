@@ -1,7 +1,8 @@
 """Brings answers over plain HTTP: its own HTTP/1.1 on sockets, for libcurl hands a body over in pieces of 16 KiB, each an
 object and a callback, and a third of a cold stream's processor time in the worker went there (docs/decisions.md).
 
-A body is received into one buffer that stays in the processor's cache, and goes on from there to its place. Where several
+A body is received straight into its place in memory, where it has one, or else into one buffer that stays in the processor's
+cache, and goes on from there. Where several
 answers have come, what somebody waits for goes first, then what was asked for first: a stream's next bytes do not share the
 processor with those that it needs later.
 
@@ -170,34 +171,50 @@ class PlainCarrier:
             self._ready.append(connection)
 
     def _receive(self, connection: Connection) -> bool:
-        """Takes what has come, a buffer full at the most; whether there may be more of it."""
+        """Takes what has come, RECEIVE_BYTES at the most; whether there may be more of it."""
         transfer, answer = connection.transfer, connection.answer
-        try:
-            received = connection.sock.recv_into(self._buffer, answer.read_bytes(RECEIVE_BYTES) if transfer else 1)
-        except BlockingIOError:
+        if transfer is None:
+            self._hear(connection)
             return False
-        except OSError:
-            received = -1
-        if transfer is None:  # it was idle: its store has closed it, or speaks out of turn
-            self._connections.close(connection)
-            return False
-        if received <= 0:
-            self._closed(connection, transfer, is_reset=received < 0)
-            return False
-        if not answer.began:
-            transfer.first_byte_s = time.monotonic() - connection.sent_at_s
-        try:
-            pieces = answer.feed(self._buffer[:received])
-            transfer.head = answer.head
-            if pieces:
-                transfer.receive(pieces)
-        except (Rejected, OSError) as reason:
-            self._end(connection, transfer, reason)
-        else:
-            if not answer.ended:
-                return received == RECEIVE_BYTES
+        place = transfer.room(min(RECEIVE_BYTES, answer.plain_bytes))
+        with self._buffer[: answer.read_bytes(RECEIVE_BYTES)] if place is None else place as into:
+            try:
+                received = connection.sock.recv_into(into)
+            except BlockingIOError:
+                return False
+            except OSError:
+                received = -1
+            if received <= 0:
+                self._closed(connection, transfer, is_reset=received < 0)
+                return False
+            if not answer.began:
+                transfer.first_byte_s = time.monotonic() - connection.sent_at_s
+            try:
+                if place is not None:
+                    answer.took(received)
+                    transfer.took(into[:received])
+                else:
+                    pieces = answer.feed(into[:received])
+                    transfer.head = answer.head
+                    if pieces:
+                        transfer.receive(pieces)
+            except (Rejected, OSError) as reason:
+                self._end(connection, transfer, reason)
+                return False
+            may_be_more = received == len(into) and not answer.ended
+        if answer.ended:
             self._end(connection, transfer, None)
-        return False
+        return may_be_more
+
+    def _hear(self, connection: Connection) -> None:
+        """An idle one: its store has closed it, or speaks out of turn."""
+        try:
+            connection.sock.recv_into(self._buffer, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._connections.close(connection)
 
     def _closed(self, connection: Connection, transfer: Transfer, *, is_reset: bool) -> None:
         if is_reset:

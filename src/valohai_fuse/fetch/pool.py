@@ -77,10 +77,11 @@ class WorkerPool:
         ca_file: str | None = None,
         hedging: bool = True,
         idle_s: float = 60,
-        keeps_one: bool = False,
+        disk_may_hang: bool = False,
     ) -> None:
         """`workers` 0: half as many as processors, four at the most. `ca_file` is trusted beside the system's authorities.
-        `keeps_one`: the last worker does not end for idleness.
+        `disk_may_hang`: the cache's. The last worker does not end for idleness, for starting another may hang; and what is given
+        memory to land in lands nowhere else.
 
         Raises ConfigurationError when `ca_file` cannot be read.
         """
@@ -92,7 +93,7 @@ class WorkerPool:
         self._connections = connections
         self._ahead_max = max(1, min(connections - 2, connections * 3 // 4))
         self._idle_s = idle_s
-        self._keeps_one = keeps_one
+        self._disk_may_hang = disk_may_hang
         self._configure = wire.Configure(
             connections=connections,
             connect_timeout_s=connect_timeout_s,
@@ -273,7 +274,8 @@ class WorkerPool:
         """Asks once more for what has not landed of a late ticket, unless nobody waits for it or a bound forbids it; what is
         forbidden now may be allowed when the worker says late again. Never more than one."""
         is_worth_it = ticket.is_wanted and not ticket.is_hedged and ticket.upto < ticket.order.extent.stop
-        if not is_worth_it or self._active >= self._connections or self._nursery is None:
+        is_possible = not (self._disk_may_hang and ticket.order.staging_path)  # a hedge lands in the file
+        if not is_worth_it or not is_possible or self._active >= self._connections or self._nursery is None:
             return
         worker = self._choose(ticket.origin)
         if worker is None or not self._host(ticket.origin).take(trio.current_time()):
@@ -284,7 +286,14 @@ class WorkerPool:
         self._metrics.count("fetch_hedges")
         self._send(
             leg,
-            tickets.framed(leg.id, ticket.order, start=leg.start, expect_version=ticket.version, late_after_s=0.0),
+            tickets.framed(
+                leg.id,
+                ticket.order,
+                start=leg.start,
+                expect_version=ticket.version,
+                late_after_s=0.0,
+                is_hedge=True,
+            ),
         )
 
     # --- what becomes of it -------------------------------------------------------------------------------------------
@@ -448,7 +457,7 @@ class WorkerPool:
             now_s = trio.current_time()
             for worker in [w for w in self._workers if not w.legs]:
                 is_last = len(self._workers) == 1
-                if is_last and self._keeps_one:
+                if is_last and self._disk_may_hang:
                     continue
                 if now_s - worker.idle_since_s >= self._idle_s * (_LAST_PATIENCE if is_last else 1):
                     self._workers.remove(worker)

@@ -112,8 +112,16 @@ def turn(ticket: Ticket) -> int:
     return ticket.order.turn
 
 
-def framed(leg_id: int, order: FetchOrder, *, start: int, expect_version: Version | None, late_after_s: float) -> bytes:
-    """What a worker is told: the order from `start` on."""
+def framed(
+    leg_id: int,
+    order: FetchOrder,
+    *,
+    start: int,
+    expect_version: Version | None,
+    late_after_s: float,
+    is_hedge: bool = False,
+) -> bytes:
+    """What a worker is told: the order from `start` on. A hedge lands in the file, for memory has one writer."""
     return wire.frame(
         wire.Order(
             id=leg_id,
@@ -125,7 +133,7 @@ def framed(leg_id: int, order: FetchOrder, *, start: int, expect_version: Versio
             stop=order.extent.stop,
             expect_version=expect_version,
             segment_path=os.fsencode(order.segment_path),
-            staging_path=os.fsencode(order.staging_path),
+            staging_path=b"" if is_hedge else os.fsencode(order.staging_path),
             awaited_upto=order.awaited_upto,
             late_after_s=late_after_s,
         )

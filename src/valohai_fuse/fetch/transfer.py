@@ -54,8 +54,20 @@ class Landing(Protocol):
         """The next bytes to their place in memory, in any cut."""
         ...
 
+    def room(self, most: int) -> memoryview:
+        """Where the next bytes belong in memory, to be written there and told by `took`."""
+        ...
+
+    def took(self, data: memoryview) -> None:
+        """So much has come into `room`."""
+        ...
+
     def vouch(self, offset: int, stop: int) -> None:
         """The whole blocks that were put there are final. Raises OSError."""
+        ...
+
+    def give_up(self) -> None:
+        """The order has ended badly. Raises OSError."""
         ...
 
     def copy_out(self, path: str, key: ObjectKey, version: str, start: int, stop: int) -> None:
@@ -317,6 +329,11 @@ class Transfer:
         self._landing = None
         return Staged(order, landing, self.version, self._landed_upto)
 
+    def give_up(self) -> None:
+        """The order has ended badly, and so has its use of memory. Raises OSError."""
+        if self._landing is not None:
+            self._landing.give_up()
+
     def close(self) -> None:
         """Lets go of the segment file. Raises OSError (network file systems write late); a second call does nothing."""
         landing, self._landing = self._landing, None
@@ -336,6 +353,25 @@ class Transfer:
             self._body = response.accept(self.order, head)
             self._skip_left_bytes = self._body.skip_bytes
             self._landed_at_s = time.monotonic()
+
+    def room(self, most: int) -> memoryview | None:
+        """Where the next `most` bytes of the body belong, or as many as are wanted: to be received there and told by `took`. None:
+        they are to be handed over to `receive`."""
+        body, landing = self._body, self._landing
+        if body is None or landing is None or not self.order.staging_path or self._skip_left_bytes:
+            return None
+        wanted = self.order.stop - self._landed_upto - self._pending_bytes
+        most = min(most, wanted, body.total_bytes - self._body_bytes)
+        return landing.room(most) if most > 0 else None
+
+    def took(self, data: memoryview) -> None:
+        """So much of the body has come into `room`."""
+        assert self._landing is not None, "it has given room"
+        self._came = True
+        self.fetched_bytes += len(data)
+        self._body_bytes += len(data)
+        self._pending_bytes += len(data)
+        self._landing.took(data)
 
     def receive(self, pieces: Sequence[bytes | memoryview]) -> None:
         """The next bytes of the body, which may be written over afterwards. Raises Rejected; OSError from the landing."""

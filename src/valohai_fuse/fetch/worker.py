@@ -271,6 +271,8 @@ class Worker:
         del self._transfers[transfer.order.id]
         self._curl.release(transfer)
         self._plain.release(transfer)
+        with contextlib.suppress(OSError):
+            transfer.give_up()  # which is nothing after a good end
         if (staged := transfer.take_staged()) is not None:  # of an order that failed or is not wanted any more
             self._write_behind(staged, None)
         with contextlib.suppress(OSError):  # what landed is verified by whoever reads it

@@ -12,8 +12,8 @@ What is found at the path decides how a writer starts:
 - anything else (torn, rotten): header and an empty table are written over it. Not unlinked, for two writers who meet the
   same rubbish would unlink each other's new file.
 
-What lands in a memory segment is hashed as it comes, not as it lies there: whoever else writes to that memory cannot have
-his bytes vouched for. It is written to its file later, from there (`copy_out`). Directly (O_DIRECT), where the file
+What is received straight into a memory segment is hashed as it lies there, directly after it has come: nobody else writes to that
+part of it (`store.memory`). It is written to its file later, from there (`copy_out`). Directly (O_DIRECT), where the file
 system can: the bytes were served from memory, and a second copy of them in the page cache costs more than everything else
 on the way. Nobody waits for that write but the thread that makes it.
 
@@ -153,6 +153,20 @@ class SegmentWriter:
         self._mapped[at : at + len(data)] = data
         self._came.add(data)
 
+    def room(self, most: int) -> memoryview:
+        """Where the next bytes belong, `most` at the most: to be filled from its start, and then told by `took`. For whoever
+        alone writes there, or the hash would be that of somebody else's bytes."""
+        assert self._mapped is not None, "map() comes first"
+        assert self._came is not None
+        at = self._place(self._came.stop)
+        with memoryview(self._mapped) as mapped:
+            return mapped[at : at + most]
+
+    def took(self, data: memoryview) -> None:
+        """So much has come into `room`."""
+        assert self._came is not None, "map() comes first"
+        self._came.add(data)
+
     def vouch(self, offset: int, stop: int) -> None:
         """Makes the whole blocks [offset, stop), which were put there, present. Raises as `land`."""
         self._check(offset, stop)
@@ -190,6 +204,11 @@ class SegmentWriter:
             if direct < len(data):
                 write_all(file._fd, data[direct:], offset + direct)
             write_all(file._fd, entries, segment.entry_offset(first))
+
+    def give_up(self) -> None:
+        """The order has ended badly: its memory is not landed in again. Raises OSError."""
+        if self._mapped is not None and self._mappings is not None:
+            self._mappings.forget(self._fd)
 
     def close(self) -> None:
         """Gives the descriptor back; a second call does nothing. Raises OSError (network file systems write late)."""

@@ -24,6 +24,7 @@ import trio
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import Version
+from valohai_fuse.store.memory import Held
 from valohai_fuse.store.opened import Contents, OpenSegment
 from valohai_fuse.store.places import Place, Places
 
@@ -56,11 +57,11 @@ class Loading:
             self._load, place, version, into, abandon_on_cancel=True, limiter=self._limiter
         )
 
-    def _load(self, place: Place, version: Version, into: OpenSegment) -> bool:
+    def _load(self, place: Place, version: Version, into: Held) -> bool:
         loaded = False
         try:
             source = self._places.file(place)
-            loaded = source is not None and load_segment(source, version, into)
+            loaded = source is not None and load_segment(source, version, into.opened)
         except OSError as error:
             # Whatever else it is, the reader comes to it by the usual way, and there it is dealt with.
             if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:

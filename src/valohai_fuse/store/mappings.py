@@ -2,7 +2,8 @@
 
 The same few memfds take one segment after the other (`store.memory`), and to map one anew and to unmap it costs twice what
 copying a segment into it does: page tables of 2,048 entries each. So a worker keeps its mappings of those that have the full
-size, which are used again; what has not been used for KEPT_S is let go, for the daemon may have given up that memory.
+size, which are used again; what has not been used for KEPT_S is let go, for the daemon may have given up that memory, and at
+once that of an order that was given up, which is not used again.
 
 One thread. A mapping that is let go lives on with whoever still has it.
 """
@@ -45,6 +46,11 @@ class Mappings:
             if len(self._kept) > MAPPINGS_MAX:
                 self._kept.popitem(last=False)
         return mapped
+
+    def forget(self, fd: int) -> None:
+        """Lets go of the memfd's mapping, if it is kept. Raises OSError."""
+        status = os.fstat(fd)
+        self._kept.pop((status.st_dev, status.st_ino), None)
 
     @property
     def due_at_s(self) -> float | None:

@@ -9,8 +9,11 @@ A fetch worker lands in one by the path /proc/PID/fd/N, for it runs as the same 
 when full. A segment is pinned while something lands in it; of the others those go first that have been read to their end,
 the last one first (its memory is warm), then the oldest. A full-sized memfd that goes is used again for the next segment,
 and one that was read goes as soon as another is wanted, for memory that is new to the process costs several times what a
-copy does: its header then says what it holds, so a writer that comes too late recognises that, and whatever it might still
-spoil does not verify.
+copy does.
+
+Whoever lands receives straight into the memory and hashes what lies there, so each byte of it has one writer at a time. An
+order that was given up may have a worker that has not heard of it: where it was landing is *stale*, nothing else lands there,
+and such a memfd is not used again.
 
 Not thread-safe: the store calls this under its lock.
 """
@@ -23,7 +26,7 @@ import os
 from dataclasses import dataclass, field
 
 from valohai_fuse.model import segment
-from valohai_fuse.model.extents import SEGMENT_BYTES
+from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store.landing import MEMORY_NAME
 from valohai_fuse.store.opened import OpenSegment
@@ -38,14 +41,31 @@ _Place = tuple[ObjectKey, int]
 
 
 @dataclass(eq=False, slots=True)
-class _Held:
+class Held:
+    """One segment here. To be changed by MemorySegments only."""
+
     opened: OpenSegment
     bytes_when_full: int
     pins: int = 0
+    pins_given_up: int = 0
+    """Of those, the ones whose order was given up."""
+    stale: Extent | None = None
+    """Of the object: where orders were landing that were given up."""
+    is_loading: bool = False
+    """What its file has is being copied here."""
     is_read: bool = False
     """Read to its end."""
     stands_in: bool = False
     """Its file does not get what is here."""
+
+    @property
+    def path(self) -> str:
+        """By which a worker of the same user opens it."""
+        return f"/proc/{os.getpid()}/fd/{self.opened.fd}"
+
+    def is_free(self, extent: Extent) -> bool:
+        """Whether nobody else can be writing there."""
+        return not self.is_loading and not (self.stale is not None and self.stale.overlaps(extent))
 
 
 @dataclass(slots=True)
@@ -55,7 +75,7 @@ class MemorySegments:
     bytes_max: int
     bytes_when_full: int = 0
     """What the present segments take at the most."""
-    _held: dict[_Place, _Held] = field(default_factory=dict)
+    _held: dict[_Place, Held] = field(default_factory=dict)
     """Oldest first."""
     _read: list[_Place] = field(default_factory=list)
     """Those that have been read to their end, in that order."""
@@ -75,50 +95,79 @@ class MemorySegments:
         """Which segments of the object are here."""
         return [index for other, index in self._held if other == key]
 
-    def take(self, key: ObjectKey, index: int, *, stands_in: bool) -> str | None:
-        """Where a worker of the same user lands this segment, made if it is not there, and pinned until `release`.
+    def take(
+        self,
+        key: ObjectKey,
+        index: int,
+        extent: Extent,
+        *,
+        stands_in: bool,
+        may_replace: bool = False,
+    ) -> Held | None:
+        """Where a worker lands `extent` of this segment, made if it is not there, and pinned until `release`.
 
-        None: there is no room, for staging; who stands in gets it in any case. Raises OSError.
+        None, for staging: there is no room, or somebody else may be writing there. Then `may_replace` makes another one, unless
+        something lands in the old one; who stands in gets it in any case. Raises OSError.
         """
         held = self._held.get((key, index))
+        if held is not None and not stands_in and not held.is_free(extent):
+            landings = held.pins - held.pins_given_up - held.is_loading
+            if not may_replace or held.stands_in or landings:
+                return None
+            self._drop((key, index))
+            held = None
         if held is None:
             wanted = segment.PAGE_BYTES + segment.segment_bytes(key.size, index)
             fits, used = self._make_room(wanted)
             if not fits and not stands_in:
                 return None
             opened = _new_segment(key, index, used)
-            held = self._held[key, index] = _Held(opened, wanted)
+            held = self._held[key, index] = Held(opened, wanted)
             self.bytes_when_full += wanted
         held.pins += 1
         held.stands_in |= stands_in
         held.is_read = False
-        return f"/proc/{os.getpid()}/fd/{held.opened.fd}"
+        return held
 
-    def take_empty(self, key: ObjectKey, index: int) -> OpenSegment | None:
+    def take_empty(self, key: ObjectKey, index: int) -> Held | None:
         """A new segment to load this one into, pinned until `release`; None when it is here already, or there is no room.
 
         Raises OSError.
         """
-        if (key, index) in self._held or self.take(key, index, stands_in=False) is None:
+        if (key, index) in self._held:
             return None
-        return self._held[key, index].opened
+        held = self.take(key, index, Extent(0, 0), stands_in=False)
+        if held is not None:
+            held.is_loading = True
+        return held
 
-    def drop_empty(self, opened: OpenSegment) -> None:
-        """Forgets a segment into which nothing was loaded, unless something lands there."""
-        held = self._held.get((opened.key, opened.index))
-        if held is not None and held.opened is opened and not held.pins and not held.stands_in:
-            self._drop((opened.key, opened.index))
+    def end_loading(self, held: Held, *, loaded: bool) -> None:
+        """Nothing is copied there any more; one into which nothing was goes, unless something lands there."""
+        held.is_loading = False
+        self.release(held)
+        place = (held.opened.key, held.opened.index)
+        if not loaded and self._held.get(place) is held and not held.pins and not held.stands_in:
+            self._drop(place)
 
     def holds(self, opened: OpenSegment, *, stands_in: bool = False) -> bool:
         """Whether this is a segment that is still here; with `stands_in`, one whose file does not get its blocks."""
         held = self._held.get((opened.key, opened.index))
         return held is not None and held.opened is opened and (held.stands_in or not stands_in)
 
-    def release(self, key: ObjectKey, index: int) -> None:
+    def release(self, held: Held) -> None:
         """Takes one pin back."""
-        held = self._held.get((key, index))
-        if held is not None and held.pins:
-            held.pins -= 1
+        held.pins -= 1
+
+    def give_up(self, held: Held, extent: Extent) -> None:
+        """An order that lands there is given up; its pin stays until `release_given_up`."""
+        stale = held.stale or extent
+        held.stale = Extent(min(stale.start, extent.start), max(stale.stop, extent.stop))
+        held.pins_given_up += 1
+
+    def release_given_up(self, held: Held) -> None:
+        """Takes one such pin back."""
+        held.pins -= 1
+        held.pins_given_up -= 1
 
     def note_read(self, opened: OpenSegment) -> None:
         """A reader has come to the end of this segment: it goes first from now on."""
@@ -143,7 +192,7 @@ class MemorySegments:
         self._read.clear()
         self.bytes_when_full = 0
 
-    def _drop(self, place: _Place) -> _Held:
+    def _drop(self, place: _Place) -> Held:
         held = self._held.pop(place)
         self.bytes_when_full -= held.bytes_when_full
         return held
@@ -154,14 +203,14 @@ class MemorySegments:
             # Also where there is room: memory that is new costs more than a copy, and what was read is the kernel's to keep.
             for place in self._free_read():
                 held = self._held[place]
-                if held.bytes_when_full == wanted and not held.stands_in:
+                if held.bytes_when_full == wanted and not held.stands_in and held.stale is None:
                     return True, self._drop(place).opened
         while self._held and (self.bytes_when_full + wanted > self.bytes_max or len(self._held) >= SEGMENTS_MAX):
             victim = next(iter(self._free_read()), None) or self._oldest()
             if victim is None:
                 return False, None
             held = self._drop(victim)
-            if held.bytes_when_full == wanted == _FULL_BYTES:
+            if held.bytes_when_full == wanted == _FULL_BYTES and held.stale is None:
                 return True, held.opened
         return True, None
 

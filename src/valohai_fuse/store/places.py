@@ -30,7 +30,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.health import RateLimitedLog
-from valohai_fuse.store.memory import MemorySegments
+from valohai_fuse.store.memory import Held, MemorySegments
 from valohai_fuse.store.opened import Contents, OpenSegment
 
 FAULTS_TOLERATED = 2
@@ -85,7 +85,7 @@ class Places:
         self.blocks_distrusted = 0
         self.files_unreadable = 0
         self._staged_at_s = 0.0
-        self._abandoned: deque[tuple[float, Place]] = deque()
+        self._abandoned: deque[tuple[float, Held]] = deque()
         """Pins that are taken back later, and when."""
 
     def close(self) -> None:
@@ -121,31 +121,37 @@ class Places:
         return self.name((key, index)), first, first + segment.blocks_in(len(extent))
 
     @contextlib.contextmanager
-    def in_memory(self, place: Place, *, stands_in: bool) -> Iterator[str | None]:
-        """Where a worker lands the segment in memory; it stays there during the block, and for ABANDONED_S more if that ends
-        badly. None: no room, for staging.
+    def in_memory(
+        self,
+        place: Place,
+        extent: Extent,
+        *,
+        stands_in: bool,
+        may_replace: bool = False,
+    ) -> Iterator[str | None]:
+        """Where a worker lands `extent` of the segment in memory; it stays there during the block, and for ABANDONED_S more if
+        that ends badly. None: no room, for staging (see `MemorySegments.take`).
 
         Raises OSError.
         """
         with self._lock:
             self._unpin_abandoned()
-            path = self._memory.take(*place, stands_in=stands_in)
+            held = self._memory.take(*place, extent, stands_in=stands_in, may_replace=may_replace)
             self._staged_at_s = self._monotonic()
-        abandoned = False
+        if held is None:
+            yield None
+            return
         try:
-            yield path
+            yield held.path
         except BaseException:
-            abandoned = not stands_in
+            with self._lock:
+                self._memory.give_up(held, extent)
+                self._abandoned.append((self._monotonic() + ABANDONED_S, held))
             raise
-        finally:
-            if path is not None:
-                with self._lock:
-                    if abandoned:
-                        self._abandoned.append((self._monotonic() + ABANDONED_S, place))
-                    else:
-                        self._memory.release(*place)
+        with self._lock:
+            self._memory.release(held)
 
-    def begin_loading(self, place: Place) -> OpenSegment | None:
+    def begin_loading(self, place: Place) -> Held | None:
         """Empty memory, pinned until `end_loading`, for a copy of the segment's file; None: it is there already, or no room."""
         with self._lock, contextlib.suppress(OSError):
             into = self._memory.take_empty(*place)
@@ -154,13 +160,10 @@ class Places:
             return into
         return None
 
-    def end_loading(self, into: OpenSegment, *, loaded: bool) -> None:
+    def end_loading(self, into: Held, *, loaded: bool) -> None:
         """Nobody writes there any more."""
         with self._lock:
-            if self._memory.holds(into):
-                self._memory.release(into.key, into.index)
-                if not loaded:
-                    self._memory.drop_empty(into)
+            self._memory.end_loading(into, loaded=loaded)
 
     def file(self, place: Place) -> OpenSegment | None:
         """The segment's file, about to be read. Blocks; raises OSError."""
@@ -171,7 +174,7 @@ class Places:
 
     def _unpin_abandoned(self) -> None:
         while self._abandoned and self._abandoned[0][0] <= self._monotonic():
-            self._memory.release(*self._abandoned.popleft()[1])
+            self._memory.release_given_up(self._abandoned.popleft()[1])
 
     # --- looking ------------------------------------------------------------------------------------------------------
 

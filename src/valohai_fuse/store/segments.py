@@ -353,7 +353,7 @@ class SegmentStore:
         path = self._file_path(place)
         if path is not None:
             return path
-        with self._standing_in(place) as path:
+        with self._standing_in(place, Extent(offset, offset + 1)) as path:
             return path
 
     def _file_path(self, place: Place) -> str | None:
@@ -379,11 +379,11 @@ class SegmentStore:
         return self._disk.stuck
 
     @contextlib.contextmanager
-    def _standing_in(self, place: Place) -> Iterator[str]:
+    def _standing_in(self, place: Place, extent: Extent) -> Iterator[str]:
         """Memory for what the disk does not take; the file all the same, should there be no memory."""
         with contextlib.ExitStack() as stack:
             try:
-                path = stack.enter_context(self._places.in_memory(place, stands_in=True))
+                path = stack.enter_context(self._places.in_memory(place, extent, stands_in=True))
             except OSError as error:
                 self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
                 path = None
@@ -399,7 +399,8 @@ class SegmentStore:
             path = None
             if (staged and len(extent) >= STAGED_BYTES_MIN) or self._disk.may_hang:
                 with contextlib.suppress(OSError):
-                    path = stack.enter_context(self._places.in_memory(place, stands_in=False))
+                    in_memory = self._places.in_memory(place, extent, stands_in=False, may_replace=self._disk.may_hang)
+                    path = stack.enter_context(in_memory)
             yield path or ""
 
     @contextlib.asynccontextmanager
@@ -414,7 +415,7 @@ class SegmentStore:
         path = self._file_path(place)
         with self._staging(place, extent, staged=staged) if path else contextlib.nullcontext("") as staging:
             if path is None or not (staging or self._pace.affordable()):
-                with self._standing_in(place) as memory:
+                with self._standing_in(place, extent) as memory:
                     yield LandingPlace(memory)
                 return
             charged_s = 0.0 if staging else self._pace.begin(len(extent))
@@ -425,7 +426,7 @@ class SegmentStore:
                     elif ahead:
                         yield None
                     else:
-                        with self._standing_in(place) as memory:
+                        with self._standing_in(place, extent) as memory:
                             yield LandingPlace(memory)
             finally:
                 self._pace.end(charged_s)
