@@ -22,7 +22,7 @@ from valohai_fuse.fetch.framing import Answer
 from valohai_fuse.fetch.sockets import Sockets, Told
 from valohai_fuse.fetch.transfer import Transfer
 
-READY: Final = 8
+READY: Final = 12
 """Connections to one origin, once a large object of it is read: what a stream has under way at once when its window has grown."""
 SPARES_EVERY_S: Final = 10.0
 """At the most: a store that closes what is not used at once is not asked again and again."""
