@@ -12,7 +12,7 @@ unknown, so this follows who rents skis until the rent has reached the price of 
 One pass over a file, say over a column of it, needs nothing where it has been. Two things tell another reader from that:
 - it *comes back*: at least half of the misses lie in segments that were missed before, with other places in between;
 - it jumps *in no order*: its misses make up more ascending sequences, and more descending ones, than threads that each go
-  through a part of the file (`model.order`). That shows sooner, and less surely, so it counts where the file is small beside
+  through a part of the file (`model.disorder`). That shows sooner, and less surely, so it counts where the file is small beside
   `bytes_max`.
 
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
@@ -29,8 +29,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from valohai_fuse.model.disorder import DISORDER_MIN, Disorder
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
-from valohai_fuse.model.order import DISORDER_MIN, Order
 
 MISSES_MIN = 32
 """Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
@@ -92,7 +92,7 @@ class Fill:
     _latest: dict[int, int] = field(default_factory=dict)
     """Segment -> which of all misses the last one in it was."""
     _returns: int = 0
-    _order: Order = field(default_factory=Order)
+    _disorder: Disorder = field(default_factory=Disorder)
     _complete: set[int] = field(default_factory=set)
     _current: Extent | None = None
     _ordered_bytes_current: int = 0
@@ -115,7 +115,7 @@ class Fill:
             elsewhere = self._misses - self._latest.get(index, self._misses) - 1
             self._returns += elsewhere >= max(1, min(RETURN_DISTANCE, len(self._touched) // 4))
             self._latest[index] = self._misses
-            self._order.add(start)
+            self._disorder.add(start)
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
             self._begin_anew()  # wider than what may be bought: as if nothing had been seen
@@ -189,7 +189,7 @@ class Fill:
 
     @property
     def _is_unordered(self) -> bool:
-        return self._order.disorder >= (DISORDER_MIN_BEGUN if self._ordered_bytes else DISORDER_MIN)
+        return self._disorder.degree >= (DISORDER_MIN_BEGUN if self._ordered_bytes else DISORDER_MIN)
 
     @property
     def _is_small(self) -> bool:
@@ -227,7 +227,7 @@ class Fill:
     def _begin_anew(self) -> None:
         self._misses = self._returns = self._spent_bytes = 0
         self._latest.clear()
-        self._order = Order()
+        self._disorder = Disorder()
         self._waited_s = 0.0
         self._touched.clear()
         self._complete.clear()

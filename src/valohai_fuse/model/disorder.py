@@ -22,8 +22,8 @@ _SEQUENCES_MAX = 64
 
 
 @dataclass(slots=True)
-class Order:
-    """The order of the places `add`ed so far."""
+class Disorder:
+    """Of the places `add`ed so far."""
 
     _count: int = 0
     _ascending: list[int] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Order:
         _add(self._descending, -place)
 
     @property
-    def disorder(self) -> float:
+    def degree(self) -> float:
         """How many sequences the places need for the root of their number: about 2 where there is no order, 0 where there may
         well be one."""
         sequences = min(len(self._ascending), len(self._descending))

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 
 import pytest
 
-from valohai_fuse.model.order import DISORDER_MIN, Order
+from valohai_fuse.model.disorder import DISORDER_MIN, Disorder
 
 
 def shows_after(places: Iterable[int]) -> int | None:
     """After how many of the places it shows that they are in no order, 32 at the least."""
-    order = Order()
+    places_so_far = Disorder()
     for number, place in enumerate(places, 1):
-        order.add(place)
-        if number >= 32 and order.disorder >= DISORDER_MIN:
+        places_so_far.add(place)
+        if number >= 32 and places_so_far.degree >= DISORDER_MIN:
             return number
     return None
 
@@ -67,13 +67,13 @@ def test_one_place_again_and_again_is_an_order() -> None:
 
 def test_a_pass_after_disorder_is_an_order_again() -> None:
     """What a reader does long enough counts for more than how it began."""
-    order = Order()
+    places_so_far = Disorder()
     for place in random.Random(1).choices(range(10**9), k=100):
-        order.add(place)
-    assert order.disorder >= DISORDER_MIN
+        places_so_far.add(place)
+    assert places_so_far.degree >= DISORDER_MIN
     for place in range(200):
-        order.add(10**9 + place)
-    assert order.disorder < DISORDER_MIN
+        places_so_far.add(10**9 + place)
+    assert places_so_far.degree < DISORDER_MIN
     for place in random.Random(2).choices(range(10**9), k=10_000):
-        order.add(place)
-    assert order.disorder >= DISORDER_MIN
+        places_so_far.add(place)
+    assert places_so_far.degree >= DISORDER_MIN
