@@ -23,6 +23,8 @@ from valohai_fuse.store.segments import STAGED_BYTES_MIN, SegmentStore
 
 FULL = segment.PAGE_BYTES + SEGMENT_BYTES
 KEY = ObjectKey("datum:stream", 6 * SEGMENT_BYTES)
+HALVES = Extent(0, SEGMENT_BYTES // 2), Extent(SEGMENT_BYTES // 2, SEGMENT_BYTES)
+"""Of its first segment."""
 
 
 class Clock:
@@ -65,6 +67,17 @@ async def landed(store: SegmentStore, extent: Extent, version: str = "v") -> Asy
         with SegmentWriter(where, KEY, extent.start // SEGMENT_BYTES, version) as writer:
             writer.land(extent.start, content(extent))
         yield place
+
+
+async def given_up(store: SegmentStore, extent: Extent) -> int:
+    """A fetch of `extent` has landed and is cancelled before its order is over; the inode of the memory where."""
+    memory = 0
+    with trio.CancelScope() as scope:
+        async with landed(store, extent) as place:
+            memory = os.stat(place.staging_path).st_ino
+            scope.cancel()
+            await trio.sleep_forever()
+    return memory
 
 
 def read(store: SegmentStore, extent: Extent) -> bytes | NotHere:
@@ -215,15 +228,10 @@ def test_where_a_fetch_was_given_up_nothing_else_lands_in_memory(tmp_path: Path,
     """Its worker may not have heard of it for as long as it likes: that part is landed in the file, the rest beside it in
     memory, and the memory is not used again."""
     store = SegmentStore(str(tmp_path / "cache"), memory_bytes_max=FULL, monotonic=clock)
-    half = SEGMENT_BYTES // 2
-    lower, upper = Extent(0, half), Extent(half, SEGMENT_BYTES)
+    lower, upper = HALVES
 
     async def main() -> None:
-        with trio.CancelScope() as scope:
-            async with landed(store, lower) as place:
-                memory = os.stat(place.staging_path).st_ino
-                scope.cancel()
-                await trio.sleep_forever()
+        memory = await given_up(store, lower)
         clock.now_s += 1000 * ABANDONED_S
         async with store.landing(KEY, lower, ahead=False, staged=True) as place:
             assert place is not None
@@ -256,15 +264,10 @@ def test_on_a_disk_that_may_hang_other_memory_is_found(tmp_path: Path, clock: Cl
     """For there nothing is landed in the file directly; unless something lands in the old memory, which must stay."""
     disk = DiskCalls(may_hang=True)
     store = SegmentStore(str(tmp_path / "cache"), disk=disk, memory_bytes_max=3 * FULL, monotonic=clock)
-    half = SEGMENT_BYTES // 2
-    lower, upper = Extent(0, half), Extent(half, SEGMENT_BYTES)
+    lower, upper = HALVES
 
     async def main() -> None:
-        with trio.CancelScope() as scope:
-            async with landed(store, lower) as place:
-                memory = os.stat(place.staging_path).st_ino
-                scope.cancel()
-                await trio.sleep_forever()
+        memory = await given_up(store, lower)
         async with landed(store, upper) as place:
             assert os.stat(place.staging_path).st_ino == memory
             async with store.landing(KEY, lower, ahead=False, staged=True) as other:
