@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import socket
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +20,7 @@ from valohai_fuse.fetch import plain
 from valohai_fuse.fetch.connections import READY, SPARES_EVERY_S, Connection, Connections
 from valohai_fuse.fetch.curl import CurlCarrier
 from valohai_fuse.fetch.plain import SPARES_FROM_BYTES, PlainCarrier
-from valohai_fuse.fetch.sockets import Sockets
+from valohai_fuse.fetch.sockets import WINDOW_BYTES, Sockets, new_stream
 from valohai_fuse.fetch.transfer import Landing, Transfer
 from valohai_fuse.fetch.wire import Configure, Order
 from valohai_fuse.model.extents import BLOCK_BYTES
@@ -161,6 +165,28 @@ def connected(connections: Connections, server: socket.socket) -> Connection:
     sock.setblocking(False)
     server.accept()[0].close()
     return connections.add(b"http://store", sock)
+
+
+def room_before_receiving(client: socket.socket, server: socket.socket) -> int:
+    """How many bytes have come to `client` when no more come, though it never receives."""
+    client.connect(server.getsockname())
+    with client, server.accept()[0] as sender:
+        sender.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            sender.sendall(bytes(16 * WINDOW_BYTES))
+        unread = fcntl.ioctl(client, termios.FIONREAD, bytes(4))
+    return int.from_bytes(unread, sys.byteorder)
+
+
+def test_a_new_connection_has_room_before_anybody_receives(server: socket.socket) -> None:
+    """The one whose turn comes last is filled meanwhile, not held up at the kernel's first 64 KiB."""
+    with socket.socket() as ordinary:
+        ordinary_bytes = room_before_receiving(ordinary, server)
+    wide = new_stream(socket.AF_INET, socket.SOCK_STREAM)
+    assert wide.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1  # it wakes for the first byte
+    wide_bytes = room_before_receiving(wide, server)
+    assert wide_bytes >= 0.9 * WINDOW_BYTES
+    assert wide_bytes > 3 * ordinary_bytes
 
 
 def test_a_store_that_wants_no_spare_connections_is_left_alone(server: socket.socket) -> None:

@@ -19,7 +19,7 @@ from typing import Final
 
 from valohai_fuse.fetch.curl import IDLE_CONNECTION_S
 from valohai_fuse.fetch.framing import Answer
-from valohai_fuse.fetch.sockets import Sockets, Told
+from valohai_fuse.fetch.sockets import Sockets, Told, new_stream
 from valohai_fuse.fetch.transfer import Transfer
 
 READY: Final = 12
@@ -139,7 +139,7 @@ class Connections:
 
     def _open(self, like: Connection) -> None:
         peer = like.sock.getpeername()
-        sock = socket.socket(like.sock.family, like.sock.type)
+        sock = new_stream(like.sock.family, like.sock.type)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -21,7 +21,7 @@ import pycurl
 from valohai_fuse import __version__
 from valohai_fuse.fetch import location
 from valohai_fuse.fetch.response import Rejected
-from valohai_fuse.fetch.sockets import Sockets
+from valohai_fuse.fetch.sockets import Sockets, new_stream
 from valohai_fuse.fetch.transfer import Transfer
 from valohai_fuse.fetch.wire import Configure
 from valohai_fuse.model import peers
@@ -77,7 +77,7 @@ class Exchange:
             self.forbidden_peer = True
             return pycurl.SOCKET_BAD
         self.transfer.is_connecting = True
-        return socket.socket(address.family, address.socktype, address.protocol)
+        return new_stream(address.family, address.socktype, address.protocol)
 
     def broken(self, code: int, message: str) -> Rejected:
         """What it means that libcurl gave up with `code`."""
