@@ -30,7 +30,8 @@ from valohai_fuse.handshake import MountSpec, Report, failed
 from valohai_fuse.inspection import Catalogue, Facts, Inspection
 from valohai_fuse.model.eviction import Budget
 from valohai_fuse.model.extents import SEGMENT_BYTES
-from valohai_fuse.model.tree import build
+from valohai_fuse.model.manifest import Manifest
+from valohai_fuse.model.tree import Tree, build
 from valohai_fuse.mount import kernel
 from valohai_fuse.mount.operations import Operations, Ownership
 from valohai_fuse.mount.session import Session
@@ -40,7 +41,7 @@ from valohai_fuse.obs.watchdog import Watchdog, block_signal
 from valohai_fuse.occupancy import Occupancy
 from valohai_fuse.ports import Priority
 from valohai_fuse.settings import Settings, parse_bytes
-from valohai_fuse.sources import manifest_file
+from valohai_fuse.sources import api_file, manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
 from valohai_fuse.store import directory
 from valohai_fuse.store.calls import DiskCalls
@@ -95,8 +96,7 @@ class Daemon:
                 local=local.files if local is not None else {},
                 inputs_dir=settings.inputs_dir,
             )
-            for warning in self.tree.warnings:
-                log.warning("%s", warning)
+            _warn(self.tree, manifest, api_file.path_in(settings.config_dir))
             gc.collect()
             gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
             catalogue = Catalogue(manifest, self.tree)
@@ -237,6 +237,14 @@ def _local_files(base: str, spec: MountSpec) -> LocalFiles | None:
         if spec.as_root:
             return None  # exploring with --root on a machine without an inputs directory
         raise errors.MountFailedError(f"{base}: {error.strerror}") from error
+
+
+def _warn(tree: Tree, manifest: Manifest, api_path: str) -> None:
+    """Logs what cannot be shown, or not read."""
+    if not os.path.exists(api_path):
+        tree.tell_unreachable(manifest, f"there is no {api_path} to ask Valohai for another")
+    for warning in tree.warnings:
+        log.warning("%s", warning)
 
 
 def _budget(settings: Settings) -> Budget:

@@ -481,6 +481,10 @@ def test_a_public_uri_is_used_where_nothing_else_is() -> None:
     lease = _without_source(file)
     assert isinstance(lease, Lease)
     assert lease.url == "https://public.test/t.gz"
+    file = FileRef("data", None, "t.gz", "https://public.test/t.gz", None, "s3://bucket/t.gz", 0)
+    lease = _without_source(file)
+    assert isinstance(lease, Lease)
+    assert lease.url == "https://public.test/t.gz"
 
 
 def test_nothing_secret_is_in_messages(caplog: pytest.LogCaptureFixture) -> None:

@@ -151,6 +151,30 @@ def test_a_bad_inputs_json_is_a_configuration_error(
     assert _mounted(sandbox) == []
 
 
+def test_locations_that_cannot_be_fetched_are_told_upon_mount(sandbox: Sandbox, places: list[str]) -> None:
+    """A warning names input, file and scheme, the rest works; with an api.json Valohai may have another URL: no warning."""
+    path = Path(sandbox.config_dir, "inputs.json")
+    manifest = json.loads(path.read_bytes())
+    file = next(file for file in manifest["train"]["files"] if file["name"] == "a.bin")
+    file["storage_uri"] = "s3://bucket/a.bin?token=S3CR3T"
+    path.write_text(json.dumps(manifest))
+    assert "cannot be read" not in run_cli("mount", *places, "train").stderr
+    assert run_cli("unmount", *places).returncode == 0
+    Path(sandbox.config_dir, "api.json").unlink()
+    outcome = run_cli("mount", *places, "train")
+    try:
+        assert outcome.returncode == 0, outcome.stderr
+        assert "warning: " in outcome.stderr
+        assert "input 'train': 'a.bin' cannot be read unless cached: its location is s3:, which" in outcome.stderr
+        assert "api.json to ask Valohai for another" in outcome.stderr
+        assert "S3CR3T" not in outcome.stderr
+        assert Path(sandbox.inputs_dir, "train/d/b.txt").read_bytes() == b"hello\n"
+        with pytest.raises(OSError, match="Input/output error"):
+            Path(sandbox.inputs_dir, "train/a.bin").read_bytes()
+    finally:
+        run_cli("unmount", *places)
+
+
 def test_a_mount_point_that_cannot_be_is_refused(sandbox: Sandbox, places: list[str]) -> None:
     """Exit code 5; what was mounted or made for the other inputs is taken back."""
     Path(sandbox.inputs_dir, "train").write_text("in the way")

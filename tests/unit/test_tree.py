@@ -380,3 +380,56 @@ def test_what_is_below_an_input_never_leads_out_of_it(path: str) -> None:
     """Whatever is believed of a `path` would be accepted as a name."""
     below = below_input("/i/train/" + path, "/i", "train")
     assert below is None or refusal(below) is None
+
+
+def located(name: str, storage_uri: str | None, uri: str | None = None) -> dict[str, Any]:
+    """A file of one byte at a location."""
+    return {"name": name, "size": 1, "storage_uri": storage_uri, "uri": uri}
+
+
+def unreachable(*files: dict[str, Any], local: dict[str, LocalFile] | None = None) -> tuple[str, ...]:
+    """The warnings of a tree without anyone to ask for another URL."""
+    manifest = manifest_of(*files)
+    tree = build(manifest, as_root=False, local=local or {}, inputs_dir="/valohai/inputs")
+    tree.tell_unreachable(manifest, "nobody to ask")
+    return tree.warnings
+
+
+def test_locations_that_nobody_can_fetch_are_told_once_per_kind() -> None:
+    """Few sentences however many files; one file is named alone, several by their number and the first."""
+    told = unreachable(
+        located("a/1", "s3://bucket/1?token=S3CR3T"),
+        located("a/2", "s3://bucket/2", "datum://x"),
+        located("b", "ftp://user:S3CR3T@h/b"),
+        located("c", None, "datum://x"),
+        located("good", "https://h/good"),
+        located("public", "s3://bucket/3", "https://h/public"),
+    )
+    start, end = "cannot be read unless cached:", "which cannot be fetched from here, and nobody to ask"
+    assert told == (
+        f"input 'train': 2 files ('a/1', ...) {start} its location is s3:, {end}",
+        f"input 'train': 'b' {start} its location is ftp:, {end}",
+        f"input 'train': 'c' {start} it has no URL, and nobody to ask",
+    )
+
+
+def test_what_is_on_the_disk_or_shadowed_needs_no_location() -> None:
+    """An `always` file is read from where it is; of a name listed twice only the last one counts."""
+    here = {"x": LocalFile(size=1, mtime_ns=1)}
+    assert unreachable(located("x", "s3://b/x"), local=here) == ()
+    told = unreachable(located("y", "s3://b/y"), located("y", "https://h/y"))
+    assert len(told) == 1
+    assert "more than once" in told[0]
+
+
+def test_more_kinds_of_locations_than_a_byte_can_number() -> None:
+    """The last number stands for all that came later; each file still counts."""
+    files = [located(f"f{n}", f"x{n}://b/k") for n in range(400)]
+    manifest = manifest_of(*files, located("fine", "https://h/k"))
+    assert [manifest.obstacle(n) for n in (0, 253, 400)] == [
+        "its location is x0:, which cannot be fetched from here",
+        "its location is x253:, which cannot be fetched from here",
+        "",
+    ]
+    assert {manifest.obstacle(n) for n in range(254, 400)} == {"its URL is none that can be fetched"}
+    assert unreachable(*files)[-1] == "and 155 more warnings like these"

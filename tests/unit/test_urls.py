@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from valohai_fuse.model.urls import redact, redact_text, scheme, supported, unsupported_reason
+from valohai_fuse.model.urls import (
+    first_supported,
+    obstacle,
+    redact,
+    redact_text,
+    scheme,
+    supported,
+    unsupported_reason,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,26 @@ def test_unsupported(url: str, words: str | None) -> None:
     else:
         assert reason is not None
         assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("locations", "usable", "words"),
+    [
+        (("https://h/k", "datum://x"), "https://h/k", None),
+        (("s3://b/k", "https://h/k"), "https://h/k", None),
+        ((None, "https://h/k"), "https://h/k", None),
+        (("s3://b/k", "gs://b/k"), None, "s3:"),
+        (("", "ftp://h/k"), None, "ftp:"),
+        (("datum://x", None), None, None),
+        ((None, ""), None, None),
+    ],
+)
+def test_of_several_locations(locations: tuple[str | None, str | None], usable: str | None, words: str | None) -> None:
+    """The first that can be fetched; else the first that locates anything says what is wrong. A datum: is a name only."""
+    assert first_supported(*locations) == usable
+    reason = obstacle(*locations)
+    assert (reason is None) == (words is None)
+    assert words is None or words in (reason or "")
 
 
 @given(st.text())

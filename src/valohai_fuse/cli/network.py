@@ -57,7 +57,7 @@ def _smallest(settings: Settings) -> FileRef | None:
 
 async def _ask(settings: Settings, file: FileRef) -> list[Finding]:
     api, renewed = await _ask_api(settings, file)
-    url = renewed or next((u for u in (file.storage_uri, file.uri) if u and urls.supported(u)), None)
+    url = renewed or urls.first_supported(file.storage_uri, file.uri)
     return [*api, *await _ask_store(settings, file, url, is_fresh=renewed is not None)]
 
 

@@ -248,8 +248,8 @@ class Leases:
         return _Held(lease, input_.generation, None)
 
     def _from_manifest(self, file: FileRef, input_: _Input) -> _Held | None:
-        url = file.storage_uri or file.uri or ""  # a uri may be public https; datum:// names, it does not locate
-        if not urls.supported(url):
+        url = urls.first_supported(file.storage_uri, file.uri)
+        if url is None:
             return None
         return _Held(Lease(url, expires_at_s=expires_at_s(url)), input_.generation, signed_at_s(url))
 
@@ -389,7 +389,7 @@ class Leases:
 
     @staticmethod
     def _located_elsewhere(file: FileRef, why: str) -> UnsupportedLocationError | None:
-        reason = urls.unsupported_reason(file.storage_uri) if file.storage_uri else None
+        reason = urls.obstacle(file.storage_uri, file.uri)
         if reason is None:
             return None
         return UnsupportedLocationError(f"{_named(file)}: {reason}, {why}", hint=_ROLES_HINT)

@@ -122,6 +122,9 @@ class Columns:
     paths: list[bytes] = field(default_factory=list)
     unwritable: dict[int, str] = field(default_factory=dict)
     """Names that hold the separator."""
+    obstacles: bytearray = field(default_factory=bytearray)
+    """Why a file's location cannot be fetched, as an index into `obstacle_words`; 0: it can."""
+    obstacle_words: list[str] = field(default_factory=lambda: [""])
 
 
 class Manifest:
@@ -185,6 +188,14 @@ class Manifest:
     def unwritable_name(self, index: int) -> str | None:
         """The name of a file for which `names` has b"", where the manifest does have one."""
         return self._columns.unwritable.get(index)
+
+    def has_obstacles(self) -> bool:
+        """Whether any file's location cannot be fetched as it stands."""
+        return len(self._columns.obstacle_words) > 1
+
+    def obstacle(self, index: int) -> str:
+        """Why a file's location cannot be fetched without another URL from Valohai; "" where it can."""
+        return self._columns.obstacle_words[self._columns.obstacles[index]]
 
     def record(self, index: int) -> FileRecord:
         """Everything about one file: a read of its JSON and a decode, a few us. Raises IndexError."""

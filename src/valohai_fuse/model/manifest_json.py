@@ -17,6 +17,7 @@ from mmap import mmap
 import msgspec
 
 from valohai_fuse.errors import ConfigurationError, UsageError
+from valohai_fuse.model import urls
 from valohai_fuse.model.manifest import (
     SIZE_BYTES_MAX,
     UNKNOWN,
@@ -27,6 +28,11 @@ from valohai_fuse.model.manifest import (
     decode_checked,
 )
 from valohai_fuse.model.names import printable
+
+_OBSTACLES_MAX = 255
+"""A byte a file says which; the last one stands for all that came later."""
+_PLAIN_URLS = ("https://", "http://")
+"""What begins so is looked at when it is fetched: to check each of a million signed URLs would cost seconds."""
 
 
 class _Input(msgspec.Struct):
@@ -146,6 +152,9 @@ class _Filling:
             if size.__class__ is not int or not 0 < size <= SIZE_BYTES_MAX:
                 size = self._odd_size(part, entry)
             columns.sizes.append(size)
+            location = entry.storage_uri or entry.uri
+            plain = location is not None and location.startswith(_PLAIN_URLS)
+            columns.obstacles.append(0 if plain else self._obstacle(entry))
             name, path = entry.name, entry.path
             if "\0" in name:
                 columns.unwritable[len(columns.sizes) - 1] = name
@@ -165,6 +174,18 @@ class _Filling:
             return decode_checked(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise invalid(self.origin, f"{json_path(part.name)}.files[{position}]", error) from None
+
+    def _obstacle(self, entry: CheckedFile) -> int:
+        """What stands in the way of fetching it, numbered: few kinds of many files."""
+        if urls.first_supported(entry.storage_uri, entry.uri) is not None:
+            return 0
+        words, reason = self.columns.obstacle_words, urls.obstacle(entry.storage_uri, entry.uri) or "it has no URL"
+        if reason in words:
+            return words.index(reason)
+        if len(words) > _OBSTACLES_MAX:
+            return _OBSTACLES_MAX
+        words.append(reason if len(words) < _OBSTACLES_MAX else "its URL is none that can be fetched")
+        return len(words) - 1
 
     def _odd_size(self, part: InputPart, entry: CheckedFile) -> int:
         size = entry.size

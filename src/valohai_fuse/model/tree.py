@@ -223,6 +223,23 @@ class Tree:
             else:
                 stack.pop()
 
+    def tell_unreachable(self, manifest: Manifest, because: str) -> None:
+        """Adds a warning per input and kind of location that cannot be fetched, and has to be: `because` says why there will be
+        no other URL. What is on the disk already is not meant."""
+        if not manifest.has_obstacles():
+            return
+        found: dict[tuple[str, str], list[int]] = {}
+        for inode in range(ROOT, len(self._names)):
+            index = self._indices[inode]
+            if index != NO_INDEX and inode not in self._local_mtimes_ns and (obstacle := manifest.obstacle(index)):
+                found.setdefault((manifest.span(index).name, obstacle), []).append(inode)
+        for (name, obstacle), inodes in found.items():
+            first = printable(self.path(Inode(inodes[0])).encode("utf-8", "surrogateescape"))
+            which = first if len(inodes) == 1 else f"{len(inodes)} files ({first}, ...)"
+            self.notices.add(
+                f"input {printable(name)}: {which} cannot be read unless cached: {obstacle}, and {because}"
+            )
+
     def totals(self) -> tuple[int, int, int]:
         """Number of files, sum of the sizes that are known in bytes, number of files whose size is not known."""
         return self._files, self._bytes_known, self._unknown_size_files

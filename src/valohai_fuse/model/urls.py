@@ -54,6 +54,17 @@ def supported(url: str) -> bool:
     return unsupported_reason(url) is None
 
 
+def first_supported(*locations: str | None) -> str | None:
+    """The first that may be fetched: `storage_uri` before `uri`, which may be public https; None: neither."""
+    return next((location for location in locations if location and supported(location)), None)
+
+
+def obstacle(*locations: str | None) -> str | None:
+    """Why none of them may be fetched; None when one may, and when there is none: datum:// names, it does not locate."""
+    given = [location for location in locations if location and scheme(location) != "datum"]
+    return unsupported_reason(given[0]) if given and first_supported(*given) is None else None
+
+
 def redact(url: str) -> str:
     """`scheme://host/path` with the path shortened; without query, fragment or credentials. For messages and logs only."""
     kind = scheme(url)
