@@ -8,9 +8,11 @@ import socket
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import pycurl
 import pytest
 import trio
 
@@ -18,9 +20,9 @@ from support.fetch_rig import CONTENT, SECRET, SIZE, landed_bytes, rig
 from support.raw_store import open_store
 from valohai_fuse.fetch import plain
 from valohai_fuse.fetch.connections import READY, SPARES_EVERY_S, Connection, Connections
-from valohai_fuse.fetch.curl import CurlCarrier
+from valohai_fuse.fetch.curl import CurlCarrier, Exchange
 from valohai_fuse.fetch.plain import SPARES_FROM_BYTES, PlainCarrier
-from valohai_fuse.fetch.sockets import WINDOW_BYTES, Sockets, new_stream
+from valohai_fuse.fetch.sockets import WINDOW_BYTES, Sockets
 from valohai_fuse.fetch.transfer import Landing, Transfer
 from valohai_fuse.fetch.wire import Configure, Order
 from valohai_fuse.model.extents import BLOCK_BYTES
@@ -167,26 +169,57 @@ def connected(connections: Connections, server: socket.socket) -> Connection:
     return connections.add(b"http://store", sock)
 
 
-def room_before_receiving(client: socket.socket, server: socket.socket) -> int:
-    """How many bytes have come to `client` when no more come, though it never receives."""
-    client.connect(server.getsockname())
-    with client, server.accept()[0] as sender:
-        sender.settimeout(0.2)
-        with contextlib.suppress(TimeoutError):
-            sender.sendall(bytes(16 * WINDOW_BYTES))
-        unread = fcntl.ioctl(client, termios.FIONREAD, bytes(4))
-    return int.from_bytes(unread, sys.byteorder)
+def filled(client: socket.socket, sender: socket.socket) -> int:
+    """How many bytes lie at `client` when no more come, because it does not receive."""
+    sender.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        sender.sendall(bytes(64 * WINDOW_BYTES))
+    return int.from_bytes(fcntl.ioctl(client, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-def test_a_new_connection_has_room_before_anybody_receives(server: socket.socket) -> None:
-    """The one whose turn comes last is filled meanwhile, not held up at the kernel's first 64 KiB."""
-    with socket.socket() as ordinary:
-        ordinary_bytes = room_before_receiving(ordinary, server)
-    wide = new_stream(socket.AF_INET, socket.SOCK_STREAM)
-    assert wide.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1  # it wakes for the first byte
-    wide_bytes = room_before_receiving(wide, server)
-    assert wide_bytes >= 0.9 * WINDOW_BYTES
-    assert wide_bytes > 3 * ordinary_bytes
+def by_libcurl(server: socket.socket) -> socket.socket:
+    """A connection as libcurl makes one for us."""
+    order = Order(1, b"http://store/", (), b"x", 10, 0, 10, None, b"/x")
+    address = SimpleNamespace(family=socket.AF_INET, socktype=socket.SOCK_STREAM, protocol=0, addr=server.getsockname())
+    made = Exchange(Transfer(order, nowhere, 0.0), pycurl.Curl(), None).open_socket(pycurl.SOCKTYPE_IPCXN, address)
+    assert isinstance(made, socket.socket)
+    made.connect(server.getsockname())
+    return made
+
+
+def as_spare(server: socket.socket) -> socket.socket:
+    """One of those that are opened before they are needed."""
+    sockets = Sockets()
+    connections = PlainCarrier(sockets, CurlCarrier(sockets))._connections
+    first = connected(connections, server)
+    connections.open_spares(first, time.monotonic())
+    spare, *others = [connection.sock for connection in connections._by_fd.values() if connection is not first]
+    for sock in (first.sock, *others):
+        sock.close()
+    return spare
+
+
+@pytest.mark.parametrize("make", [by_libcurl, as_spare])
+def test_a_new_connection_has_room_before_anybody_receives(
+    make: Callable[[socket.socket], socket.socket], server: socket.socket
+) -> None:
+    """The one whose turn comes last is filled meanwhile, not held up at the kernel's first 64 KiB; its room still grows."""
+    with socket.create_connection(server.getsockname()) as ordinary, server.accept()[0] as sender:
+        ordinary_bytes = filled(ordinary, sender)
+    with make(server) as wide, server.accept()[0] as sender:
+        assert wide.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1  # it wakes for the first byte
+        room_bytes = filled(wide, sender)
+        assert room_bytes >= 0.9 * WINDOW_BYTES
+        assert room_bytes > 3 * ordinary_bytes
+        wide.setblocking(False)
+        for _ in range(40):
+            with contextlib.suppress(BlockingIOError):
+                while wide.recv(WINDOW_BYTES):
+                    pass
+            sender.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                sender.sendall(bytes(8 * WINDOW_BYTES))
+        assert filled(wide, sender) > 1.5 * room_bytes
 
 
 def test_a_store_that_wants_no_spare_connections_is_left_alone(server: socket.socket) -> None:
