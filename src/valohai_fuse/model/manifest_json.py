@@ -131,6 +131,8 @@ class _Filling:
     def __init__(self, origin: str) -> None:
         self.origin = origin
         self.columns = Columns()
+        self._obstacle_by_schemes: dict[tuple[str, str], int] = {}
+        """Where neither location is of the web; a million files in a store behind machine roles are all of one kind."""
 
     def add_input(self, part: InputPart, data: bytes | mmap, start: int) -> None:
         """Adds the files of `part`, whose array begins at `data[start]`."""
@@ -177,6 +179,15 @@ class _Filling:
 
     def _obstacle(self, entry: CheckedFile) -> int:
         """What stands in the way of fetching it, numbered: few kinds of many files."""
+        schemes = urls.scheme(entry.storage_uri or ""), urls.scheme(entry.uri or "")
+        number = self._obstacle_by_schemes.get(schemes)
+        if number is None:
+            number = self._obstacle_by_words(entry)
+            if not urls.WEB_SCHEMES.intersection(schemes) and len(self._obstacle_by_schemes) < _OBSTACLES_MAX:
+                self._obstacle_by_schemes[schemes] = number
+        return number
+
+    def _obstacle_by_words(self, entry: CheckedFile) -> int:
         if urls.first_supported(entry.storage_uri, entry.uri) is not None:
             return 0
         words, reason = self.columns.obstacle_words, urls.obstacle(entry.storage_uri, entry.uri) or "it has no URL"

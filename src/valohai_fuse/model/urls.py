@@ -17,6 +17,9 @@ from valohai_fuse.model import peers
 URL_CHARS_MAX: Final = 16 * 1024
 """The longest URL that is used. S3 with temporary credentials makes about 2,000; servers stop reading at 8 to 16 KiB."""
 
+WEB_SCHEMES: Final = frozenset({"http", "https"})
+"""What is not of these is refused for its scheme, whatever else is wrong with it."""
+
 _SHOWN_PATH_CHARS: Final = 72
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]{2,45}\]|[^\s\[\]:@/\\?#%\"'<>]{1,253})(?::\d{0,5})?")
@@ -33,13 +36,13 @@ def scheme(url: str) -> str:
 
 def unsupported_reason(url: str) -> str | None:
     """Why this URL must not be fetched, in words that hold nothing secret; None when it may be."""
+    kind = scheme(url)
+    if kind not in WEB_SCHEMES:
+        return f"its location is {kind}:, which cannot be fetched from here" if kind else "its location is not a URL"
     if len(url) > URL_CHARS_MAX:
         return f"its URL has {len(url)} characters"
     if _FORBIDDEN.search(url) or not _encodable(url):
         return "its URL holds blanks or control characters"
-    kind = scheme(url)
-    if kind not in {"http", "https"}:
-        return f"its location is {kind}:, which cannot be fetched from here" if kind else "its location is not a URL"
     rest = url[len(kind) :]
     host = _authority(rest[3:]).rpartition("@")[2]
     if not rest.startswith("://") or _AUTHORITY.fullmatch(host) is None:
