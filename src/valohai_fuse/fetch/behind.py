@@ -28,8 +28,8 @@ from typing import Final, Protocol
 from valohai_fuse.fetch.wire import Done
 
 THREADS: Final = 2
-"""With one, 42 of the 896 segments of seven cold GiB were refused, with two 6: a write of 8 MiB takes 5 ms of the disk's
-time, and up to as much again until the thread has a processor for the next."""
+"""With one, 42 of the 896 segments of seven cold GiB were refused, with two 6: a write of 8 MiB, 5 ms on
+an idle machine, takes 7 ms or more beside a stream."""
 PATIENCE_S: Final = 3.0
 _CLOSE_WITHIN_S: Final = 1.0
 """The daemon kills a worker that has not ended two seconds after it was asked to."""
