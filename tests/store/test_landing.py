@@ -344,24 +344,29 @@ def test_a_descriptor_that_means_something_else_by_now_is_not_written_to(tmp_pat
     os.close(other)
 
 
+def mapped_count() -> int:
+    """How many mappings of memory segments this process has."""
+    return Path("/proc/self/maps").read_text().count(landing.MEMORY_NAME)
+
+
 def test_memory_that_is_landed_in_again_stays_mapped_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written through the mapping that was kept is what is there; after KEPT_S without use it is given back."""
     now_s = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     landings = landing.Landings()
     fd = memfd(DIRECT)
-    before = len(os.listdir("/proc/self/fd"))
+    before = mapped_count()
     for number in (1, 2):
         with landings.open(memory_path(fd), DIRECT, 0, "v") as writer:
             fill(writer, 0, bytes([number]) * BLOCK_BYTES)
         assert os.pread(fd, BLOCK_BYTES, segment.DATA_OFFSET) == bytes([number]) * BLOCK_BYTES
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert mapped_count() == before + 1
         now_s += KEPT_S / 2
     assert (landings.due_at_s or 0.0) == now_s + KEPT_S / 2
     landings.expire(now_s)
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert mapped_count() == before + 1
     landings.expire(now_s + KEPT_S / 2)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert mapped_count() == before
     os.close(fd)
     assert landings.due_at_s is None
 
@@ -369,20 +374,20 @@ def test_memory_that_is_landed_in_again_stays_mapped_for_a_while(monkeypatch: py
 def test_mappings_are_kept_of_what_is_used_again_and_of_so_many(path: str) -> None:
     """The memory of a short segment is not used again."""
     landings = landing.Landings()
-    before = len(os.listdir("/proc/self/fd"))
+    before = mapped_count()
     for index, count in ((1, 1), (0, MAPPINGS_MAX + 2)):
         for _ in range(count):
             fd = memfd(DIRECT, index)
             with landings.open(memory_path(fd), DIRECT, index, "v") as writer:
                 fill(writer, index * SEGMENT_BYTES, bytes(BLOCK_BYTES))
             os.close(fd)
-        assert len(os.listdir("/proc/self/fd")) == before + (0 if index else MAPPINGS_MAX)
+        assert mapped_count() == before + (0 if index else MAPPINGS_MAX)
 
 
 def test_the_mapping_of_what_was_given_up_is_not_kept() -> None:
     """Its memory is not used again, and what has landed there can still be written."""
     landings = landing.Landings()
-    before = len(os.listdir("/proc/self/fd"))
+    before = mapped_count()
     fd = memfd(DIRECT)
     with landings.open(memory_path(fd), DIRECT, 0, "v") as writer:
         fill(writer, 0, bytes(BLOCK_BYTES))
@@ -390,4 +395,4 @@ def test_the_mapping_of_what_was_given_up_is_not_kept() -> None:
         assert landings.due_at_s is None
         assert os.pread(fd, 8, segment.DATA_OFFSET) == bytes(8)
     os.close(fd)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert mapped_count() == before

@@ -16,6 +16,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, NotHere, ObjectKey
 from valohai_fuse.store import loading
 from valohai_fuse.store.calls import DiskCalls
+from valohai_fuse.store.huge import HugePages
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.opened import OpenSegment
 from valohai_fuse.store.segments import SegmentStore
@@ -173,13 +174,13 @@ def test_a_file_that_is_evicted_or_cut_short_while_it_is_loaded(
     land(store, nth(0), nth(1))
     whole = loading.load_segment
 
-    def unlinked(source: OpenSegment, version: str, into: OpenSegment) -> bool:
+    def unlinked(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> bool:
         os.unlink(store.segment_path(KEY, 0))
-        return whole(source, version, into)
+        return whole(source, version, into, pages)
 
-    def shortened(source: OpenSegment, version: str, into: OpenSegment) -> bool:
+    def shortened(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> bool:
         os.truncate(store.segment_path(KEY, SEGMENT_BYTES), FULL // 2)
-        return whole(source, version, into)
+        return whole(source, version, into, pages)
 
     monkeypatch.setattr(loading, "load_segment", unlinked)
     assert load(store, 0) == [True]
@@ -228,10 +229,10 @@ def test_a_load_that_is_cancelled_keeps_its_memory_until_the_disk_has_answered(
     whole = loading.load_segment
     began, answers = trio.Event(), threading.Event()
 
-    def slow(source: OpenSegment, version: str, into: OpenSegment) -> bool:
+    def slow(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> bool:
         trio.from_thread.run_sync(began.set)
         answers.wait(30)
-        return whole(source, version, into)
+        return whole(source, version, into, pages)
 
     async def main() -> None:
         with trio.CancelScope() as scope:
@@ -260,7 +261,7 @@ def test_a_file_system_without_direct_reads_is_asked_once(
     land(store, nth(0))
     tried = []
 
-    def refuses(source: OpenSegment, version: str, into: OpenSegment) -> bool:
+    def refuses(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> bool:
         tried.append(1)
         raise OSError(number, os.strerror(number))
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -35,7 +34,8 @@ from typing import Self
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey, Version
-from valohai_fuse.store.mappings import Mappings, map_whole
+from valohai_fuse.store.huge import map_whole
+from valohai_fuse.store.mappings import Mappings
 
 _REPLACE_ATTEMPTS_MAX = 4
 """Two writers of two versions can take the file from one another; that many times is bad luck, more is a fault."""
@@ -92,7 +92,7 @@ class SegmentWriter:
         """
         self._fd = -1
         self._mappings = mappings
-        self._mapped: mmap.mmap | None = None
+        self._mapped: memoryview | None = None
         self._came: segment.EntriesInPieces | None = None
         """What vouches for that which was put into the mapped memory."""
         self._came_start = 0
@@ -141,7 +141,10 @@ class SegmentWriter:
         Raises OSError when there is not as much memory, ValueError for what is not such a range or no segment of the store's.
         """
         self._check(start, stop)
-        self._mapped = map_whole(self._fd) if self._mappings is None else self._mappings.map(self._fd, time.monotonic())
+        if self._mappings is None:
+            self._mapped = map_whole(self._fd, os.fstat(self._fd).st_size)
+        else:
+            self._mapped = self._mappings.map(self._fd, self._place(start), self._place(stop), time.monotonic())
         self._came = segment.EntriesInPieces(self._seed, start)
         self._came_start = start
 
@@ -159,8 +162,7 @@ class SegmentWriter:
         assert self._mapped is not None, "map() comes first"
         assert self._came is not None
         at = self._place(self._came.stop)
-        with memoryview(self._mapped) as mapped:
-            return mapped[at : at + most]
+        return self._mapped[at : at + most]
 
     def took(self, data: memoryview) -> None:
         """So much has come into `room`."""
@@ -195,8 +197,7 @@ class SegmentWriter:
         entries = self._entries(start, stop)
         with (
             SegmentWriter(path, key, self._start // SEGMENT_BYTES, version) as file,
-            memoryview(self._mapped) as mapped,
-            mapped[offset : offset + stop - start] as data,
+            self._mapped[offset : offset + stop - start] as data,
         ):
             direct = len(data) - len(data) % segment.PAGE_BYTES if len(data) >= _DIRECT_BYTES_MIN else 0
             with _writing_directly(file._fd) as possible:

@@ -24,6 +24,7 @@ import trio
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import Version
+from valohai_fuse.store.huge import HugePages
 from valohai_fuse.store.memory import Held
 from valohai_fuse.store.opened import Contents, OpenSegment
 from valohai_fuse.store.places import Place, Places
@@ -40,6 +41,7 @@ class Loading:
         self._places = places
         self._possible = possible
         self._limiter = trio.CapacityLimiter(THREADS)
+        self._pages = HugePages()
 
     async def load(self, place: Place, version: Version) -> bool:
         """See `ports.BlockStore`. Cancelled, it leaves a thread behind that gives the memory back when the disk answers."""
@@ -61,7 +63,7 @@ class Loading:
         loaded = False
         try:
             source = self._places.file(place)
-            loaded = source is not None and load_segment(source, version, into.opened)
+            loaded = source is not None and load_segment(source, version, into.opened, self._pages)
         except OSError as error:
             # Whatever else it is, the reader comes to it by the usual way, and there it is dealt with.
             if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:
@@ -71,7 +73,7 @@ class Loading:
         return loaded
 
 
-def load_segment(source: OpenSegment, version: Version, into: OpenSegment) -> bool:
+def load_segment(source: OpenSegment, version: Version, into: OpenSegment, pages: HugePages) -> bool:
     """Copies what `source`, a file, has of `version` to the empty memory segment `into`; False when there is nothing to copy,
     or no use in it, for the page cache has it.
 
@@ -88,6 +90,7 @@ def load_segment(source: OpenSegment, version: Version, into: OpenSegment) -> bo
             contents = source.refresh_from(page[:read])
         if contents is None or contents.version != version or not any(contents.entries):
             return False
+        pages.collapse(into.room, 0, len(into.room))
         os.pwrite(into.fd, segment.encode_header(into.key.stable_id, into.key.size, into.index, version), 0)
         runs = list(_runs(contents))
         for first, stop in runs:

@@ -21,20 +21,20 @@ Not thread-safe: the store calls this under its lock.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 from dataclasses import dataclass, field
 
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ObjectKey
+from valohai_fuse.store.huge import map_whole
 from valohai_fuse.store.landing import MEMORY_NAME
 from valohai_fuse.store.opened import OpenSegment
 
 SEGMENTS_MAX = 256
 """Each costs a descriptor, so small objects are bounded by number."""
 _MAPPED_BYTES_MIN = 1024 * 1024
-"""A mapping takes a descriptor more. From this on what is read is not copied (`OpenSegment.lend_blocks`)."""
+"""From this on what is read is not copied (`OpenSegment.lend_blocks`)."""
 _FULL_BYTES = segment.PAGE_BYTES + SEGMENT_BYTES
 
 _Place = tuple[ObjectKey, int]
@@ -238,7 +238,7 @@ def _new_segment(key: ObjectKey, index: int, used: OpenSegment | None) -> OpenSe
         # Workers and we have it mapped: a page that is gone would kill us.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         if length >= _MAPPED_BYTES_MIN:
-            opened.room = memoryview(mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
+            opened.room = map_whole(fd, length)
             opened.mapped = opened.room.toreadonly()
     os.pwrite(fd, segment.encode_header(key.stable_id, key.size, index, "") + segment.EMPTY_TABLE, 0)
     return opened
