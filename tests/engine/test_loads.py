@@ -13,7 +13,7 @@ from valohai_fuse.engine.objects import Handle
 from valohai_fuse.model.extents import SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey, Version
 
-SEGMENTS = 6
+SEGMENTS = 8
 SIZE = SEGMENTS * SEGMENT_BYTES + 5000
 STEP = 256 * 1024
 
@@ -71,6 +71,22 @@ def test_a_reader_that_is_faster_waits_for_the_load() -> None:
         rig.store.load_s = 0.5
         await read_in_order(rig, rig.open("a"))
         assert rig.store.reads <= SEGMENT_BYTES // STEP + 1
+
+    run_cold(scenario)
+
+
+def test_reads_that_others_of_their_stream_have_overtaken_load_nothing_twice() -> None:
+    """The kernel's readahead has several under way, and they come in any order."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("a")
+        await read_in_order(rig, handle, stop=SEGMENT_BYTES + STEP)
+        await trio.sleep(1)
+        for early in range(SEGMENT_BYTES + STEP, SIZE - 2 * STEP, 2 * STEP):
+            for offset in (early + STEP, early):
+                await read_in_order(rig, handle, offset, offset + STEP)
+            await trio.sleep(0.01)
+        assert sorted(rig.store.loads) == [number * SEGMENT_BYTES for number in range(1, SEGMENTS)]
 
     run_cold(scenario)
 

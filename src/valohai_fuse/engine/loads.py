@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 LOAD_RUN_BYTES: Final = 4 * 1024 * 1024
 AHEAD_SEGMENTS: Final = 4
+_OVERTAKEN_SEGMENTS_MAX: Final = 2
+"""So far back may a read be that others of its stream have overtaken (the kernel has several under way) and that memory serves."""
 READERS_MAX: Final = 3
 """Each has up to five segments in memory, of which the store holds sixteen."""
 READER_IDLE_S: Final = 1.0
@@ -49,7 +51,7 @@ class Loads:
     def on_hit(self, handle: Handle, extent: Extent) -> None:
         """A read that continues a stream was served from memory."""
         if handle.loaded_upto:
-            self._begin_ahead(handle, extent.stop)
+            self._begin_ahead(handle, extent.stop, overtaken_segments_max=_OVERTAKEN_SEGMENTS_MAX)
 
     async def on_cold(self, handle: Handle, extent: Extent, plan: Plan) -> bool:
         """The bytes of a read are on the disk. True: they were being loaded, and the store may have them in memory by now."""
@@ -64,12 +66,12 @@ class Loads:
         self._give_up(handle.object, extent.start // SEGMENT_BYTES)
         return False
 
-    def _begin_ahead(self, handle: Handle, read_upto: int) -> None:
+    def _begin_ahead(self, handle: Handle, read_upto: int, *, overtaken_segments_max: int = 0) -> None:
         obj = handle.object
         index = -(-read_upto // SEGMENT_BYTES)
         stop = min(index + AHEAD_SEGMENTS, obj.key.size // SEGMENT_BYTES)  # a last one that is short is not worth it
         upto = handle.loaded_upto // SEGMENT_BYTES
-        if not index <= upto <= index + AHEAD_SEGMENTS:
+        if not index <= upto <= index + AHEAD_SEGMENTS + overtaken_segments_max:
             upto = index  # it began elsewhere, or has been overtaken
         if upto >= stop or obj.version is None or self._overdue or not self._has_place(handle):
             return

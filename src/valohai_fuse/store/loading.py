@@ -54,7 +54,7 @@ class Loading:
             return False
         into = self._places.begin_loading(place)
         if into is None:
-            return False
+            return self._places.is_in_memory(place)
         return await trio.to_thread.run_sync(
             self._load, place, version, into, abandon_on_cancel=True, limiter=self._limiter
         )

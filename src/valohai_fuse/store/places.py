@@ -160,6 +160,11 @@ class Places:
             return into
         return None
 
+    def is_in_memory(self, place: Place) -> bool:
+        """Whether the segment, or what has come of it, is in memory."""
+        with self._lock:
+            return self._memory.get(*place) is not None
+
     def end_loading(self, into: Held, *, loaded: bool) -> None:
         """Nobody writes there any more."""
         with self._lock:
