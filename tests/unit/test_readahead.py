@@ -154,6 +154,15 @@ def test_a_stride_that_ends_costs_little() -> None:
     assert ledger.fetched_bytes - before <= 2 * RANDOM_READ_BYTES
 
 
+def test_two_jumps_alike_are_worth_a_try() -> None:
+    """The fourth place is fetched before it is read; in vain it has cost no more than what was read."""
+    ledger = Ledger(GIB)
+    pieces = [(start, start + MIB) for start in range(18 * MIB, 90 * MIB, 18 * MIB)]
+    assert foreseen(ledger, pieces[:3]) == 0
+    assert ledger.fetched_bytes <= 5 * MIB
+    assert foreseen(ledger, pieces[3:]) == 1
+
+
 def test_no_window_means_demand_only() -> None:
     ledger = Ledger(GIB, window=0)
     kernel_sequential(ledger, 0, 32 * MIB)

@@ -1,8 +1,9 @@
 """Readers that jump by the same distance each time: every 17th MiB, one column of a row-major array, from the end backwards.
 
 Each new place where a reader begins is compared with the last two. Three jumps alike make a stride; then the next places are
-planned before they are asked for, twice as many as the stride has lasted, each as long as the pieces before it. One jump that
-differs ends it. Random offsets do not jump by the same distance three times in a row.
+planned before they are asked for, twice as many as it has come to so far, each as long as the pieces before it. Two jumps alike
+are worth a try with TRIED_PIECES, which also opens the connections that the stride will want. One jump that differs ends it.
+Random offsets hardly ever jump by the same distance twice in a row.
 
 Pure; knows nothing of blocks, caches or sequential readers.
 """
@@ -13,6 +14,9 @@ from valohai_fuse.model.extents import Extent
 
 JUMPS_ALIKE_MIN = 2
 """Repetitions of the first jump before it is believed."""
+
+TRIED_PIECES = 2
+"""Planned upon the first repetition: no more than half of what was read by then and is read now."""
 
 PIECES_MAX = 64
 PIECE_BYTES_MAX = 8 * 1024 * 1024
@@ -53,9 +57,11 @@ class Stride:
         self._alike += 1
         self._planned = max(0, self._planned - 1)
         self._piece_bytes = min(max(self._piece_bytes, last_piece_bytes), PIECE_BYTES_MAX)
-        if not self.believed or not self._piece_bytes or abs(jump) < self._piece_bytes:
+        if not self._piece_bytes or abs(jump) < self._piece_bytes:
             return []
-        wanted = min(PIECES_MAX, 2 * self._alike, budget_bytes // self._piece_bytes)
+        places = self._alike + 2
+        wanted = 2 * places if self.believed else TRIED_PIECES
+        wanted = min(PIECES_MAX, wanted, budget_bytes // self._piece_bytes)
         if self._planned > wanted // 2:
             return []
         pieces = []
