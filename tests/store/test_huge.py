@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -105,6 +106,15 @@ def test_after_a_refusal_none_are_asked_for_a_while(memory: int, monkeypatch: py
     now_s += 61
     pages.collapse(mapped, 0, FULL)
     assert regions()[0][1] == 4 * HUGE_BYTES
+
+
+def test_nor_after_one_that_took_long(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_huge_pages()
+    mapped = map_whole(memory, FULL)
+    ticks_s = itertools.count(1000.0, 0.06)
+    monkeypatch.setattr("time.monotonic", lambda: next(ticks_s))
+    HugePages().collapse(mapped, 0, FULL)
+    assert regions()[0][1] == HUGE_BYTES
 
 
 def test_a_worker_asks_for_what_it_lands_in_and_keeps_the_mapping(memory: int) -> None:

@@ -23,6 +23,8 @@ _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
 _RETRY_S: Final = 60.0
 """A kernel that has no memory in one piece looks for some each time that it is asked."""
+_SLOW_S: Final = 0.05
+"""One that came only after moving pages about for so long: the next will as well, and readers wait."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -59,7 +61,7 @@ def _map(address: int | None, byte_count: int, protection: int, flags: int, fd: 
 
 
 class HugePages:
-    """Asks for huge pages; after a refusal not again for a while. Any thread."""
+    """Asks for huge pages; after a refusal, or one that took long to get, not again for a while. Any thread."""
 
     def __init__(self) -> None:
         self._not_before_s = 0.0
@@ -70,8 +72,11 @@ class HugePages:
         first = start // HUGE_BYTES * HUGE_BYTES
         last = min(-(-stop // HUGE_BYTES), len(mapped) // HUGE_BYTES) * HUGE_BYTES
         for at in range(first, last, HUGE_BYTES):
-            if time.monotonic() < self._not_before_s:
+            began_s = time.monotonic()
+            if began_s < self._not_before_s:
                 return
             mapped[at]  # a chunk without a page is refused
-            if _libc.madvise(address + at, HUGE_BYTES, _MADV_COLLAPSE):
-                self._not_before_s = time.monotonic() + _RETRY_S
+            refused = _libc.madvise(address + at, HUGE_BYTES, _MADV_COLLAPSE)
+            now_s = time.monotonic()
+            if refused or now_s - began_s > _SLOW_S:
+                self._not_before_s = now_s + _RETRY_S
