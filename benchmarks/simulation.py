@@ -23,6 +23,7 @@ from valohai_fuse.engine.fill import LINE_IDLE_BYTES, FillWindow
 from valohai_fuse.engine.flights import FINISH_BYTES_MAX
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent, align, split_by_segment
 from valohai_fuse.model.fill import Fill
+from valohai_fuse.model.pace import Pace
 from valohai_fuse.model.readahead import Plan, Planner
 from valohai_fuse.settings import OPTIONS, parse_bytes
 
@@ -71,6 +72,7 @@ class _Transfer:
     flows: bool = False
     fills: bool = False
     ordered_s: float = 0.0
+    flows_since_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -129,6 +131,7 @@ class Simulation:
     def __init__(self, trace: Trace, line: Line) -> None:
         self._line = line
         self._ahead_max = max(1, min(line.connections - 2, line.connections * 3 // 4))
+        self._pace = Pace()
         self._now_s = 0.0
         self._over_s = 0.0
         self._turns = 0
@@ -179,7 +182,7 @@ class Simulation:
             if isinstance(what, _Reader):
                 self._issue(what)
             else:
-                what.flows = True
+                what.flows, what.flows_since_s = True, self._now_s
         self._complete()
         self._let_go()
         return True
@@ -209,7 +212,7 @@ class Simulation:
         coming = {number for transfer in file.transfers for number in _blocks(transfer.extent)}
         lacking = [n for n in _blocks(wanted) if n not in file.present and n not in coming]
         for run in _runs(lacking, file.size):
-            for part in split_by_segment(run):
+            for part in split_by_segment(run) if fills else self._pace.requests(run):
                 if fills and begun:
                     return begun
                 transfer = _Transfer(file, part, part.start, urgent, fills=fills, ordered_s=self._now_s)
@@ -265,6 +268,7 @@ class Simulation:
             transfer.file.present.update(_blocks(transfer.extent))
             self._idle_connections += 1
             self._fetched += len(transfer.extent)
+            self._pace.note(len(transfer.extent), self._now_s - transfer.flows_since_s, len(self._active) + 1)
             if transfer.fills:
                 self._fill_window.note(len(transfer.extent), transfer.ordered_s, self._now_s)
                 transfer.file.fill.on_landed(len(transfer.extent), self._now_s - self._marked_s)

@@ -1,7 +1,7 @@
 """Flights: at most one fetch of a block at a time, however many readers want it; each ends once; a failure leaves nothing.
 
-A flight is one run of missing blocks within one segment, from one order of the fetcher to the last byte, over as many
-attempts as the retry policy grants. Readers do not wait for the flight but for a *byte of it*: they are woken one by one as
+A flight is one run of missing blocks within one segment, or half of one (`model.pace`), from one order of the fetcher to the last
+byte, over as many attempts as the retry policy grants. Readers do not wait for the flight but for a *byte of it*: they are woken one by one as
 `landed` passes what they need.
 
 Concurrency rules:
@@ -25,6 +25,7 @@ from valohai_fuse.engine import sharing
 from valohai_fuse.engine.leases import Leases
 from valohai_fuse.engine.objects import RemoteObject
 from valohai_fuse.model.extents import Extent, split_by_segment
+from valohai_fuse.model.pace import Pace
 from valohai_fuse.model.retry import GiveUp, Renew, RetryAfter, RetryState
 from valohai_fuse.ports import (
     BlockStore,
@@ -169,6 +170,7 @@ class Flights:
         self._store = store
         self._leases = leases
         self._metrics = metrics
+        self._pace = Pace()
         self._turn = 0
         self.active = 0
         self.active_bytes = 0
@@ -181,11 +183,12 @@ class Flights:
         """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight, and returns them. Does not ask
         the store what it has: whoever calls has just done so.
 
-        `staged`: as in `BlockStore.landing`.
+        `staged`: as in `BlockStore.landing`; what is fetched for the cache's sake comes in whole segments, as many at once as
+        whoever orders them likes.
         """
         begun = []
         for gap in self._gaps(obj, wanted):
-            for part in split_by_segment(gap):
+            for part in self._pace.requests(gap) if staged else split_by_segment(gap):
                 self._turn += 1
                 flight = Flight(obj, part, priority, self._turn, staged=staged)
                 # Before the task runs: what another process lands in between would be fetched again.
@@ -324,6 +327,7 @@ class Flights:
             flight.order = order
             try:
                 fetched: Fetched = await self._fetcher.fetch(order, landed)
+                self._pace.note(fetched.fetched_bytes, fetched.total_s - fetched.first_byte_s, self.active)
                 self._note_kept(order, fetched)
             finally:
                 flight.order = None

@@ -55,8 +55,13 @@ def align(start: int, stop: int, size: int) -> Extent:
 
 def split_by_segment(extent: Extent) -> Iterator[Extent]:
     """The parts of `extent` that lie within one segment each, in ascending order."""
+    return split(extent, SEGMENT_BYTES)
+
+
+def split(extent: Extent, grid_bytes: int) -> Iterator[Extent]:
+    """The parts of `extent` between the multiples of `grid_bytes`, in ascending order."""
     start = extent.start
     while start < extent.stop:
-        stop = min((start // SEGMENT_BYTES + 1) * SEGMENT_BYTES, extent.stop)
+        stop = min((start // grid_bytes + 1) * grid_bytes, extent.stop)
         yield Extent(start, stop)
         start = stop

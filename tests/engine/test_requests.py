@@ -1,0 +1,41 @@
+"""How many requests a stream has under way, by what a connection of the store carries."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from support.engine_rig import MIB, EngineRig, run
+from support.fake_fetcher import Script
+from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
+from valohai_fuse.model.pace import PIECE_BYTES
+from valohai_fuse.ports import Priority
+
+
+async def stream(rig: EngineRig) -> None:
+    handle = rig.open("big")
+    for offset in range(0, len(rig.contents["big"]), MIB):
+        assert await rig.read(handle, offset, MIB) == rig.contents["big"][offset : offset + MIB]
+    rig.reader.close(handle)
+
+
+@pytest.mark.parametrize(("mb_s", "longest"), [(80, PIECE_BYTES), (900, SEGMENT_BYTES)])
+def test_a_stream_asks_a_store_of_slow_connections_for_less_at_once(mb_s: int, longest: int) -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = Script(bytes_per_s=mb_s * 1e6)
+        await stream(rig)
+        late = [order for order in rig.fetcher.orders if order.extent.start >= 8 * SEGMENT_BYTES]
+        assert {len(order.extent) for order in late} == {longest}
+
+    run(scenario, {"big": 16 * SEGMENT_BYTES})
+
+
+def test_what_is_fetched_for_the_cache_comes_in_whole_segments() -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = Script(bytes_per_s=80e6)
+        handle = rig.open("big")
+        rig.flights.begin(handle.object, Extent(0, 3 * SEGMENT_BYTES), Priority.AHEAD)
+        await trio.sleep(10)
+        assert {len(order.extent) for order in rig.fetcher.orders} == {SEGMENT_BYTES}
+
+    run(scenario, {"big": 3 * SEGMENT_BYTES})
