@@ -165,18 +165,32 @@ def test_a_directory_that_is_gone_is_no_excess(tmp_path: Path) -> None:
     assert Evictor(str(tmp_path / "none"), Budget(bytes_max=1)).run_pass() == Pass()
 
 
-def test_a_pass_that_knows_what_it_wants_looks_once(
-    store: SegmentStore, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A bound that was lowered takes a second look; what landed since is known beforehand."""
-    looks: list[str] = []
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line for each scan of a directory."""
+    found: list[str] = []
     real = evictor.scan
 
     def noted(cache_dir: str) -> Iterator[Segment]:
-        looks.append(cache_dir)
+        found.append(cache_dir)
         return real(cache_dir)
 
     monkeypatch.setattr(evictor, "scan", noted)
+    return found
+
+
+def test_the_first_pass_looks_once_where_the_cache_was_kept_near_its_bound(
+    store: SegmentStore, cache: str, looks: list[str]
+) -> None:
+    budget = Budget(bytes_max=975 * ON_DISK // 100)
+    room = Room(cache, budget)
+    assert Evictor(cache, budget, room=room).run_pass().evicted_segments == 2, "an eighth of the bound is slack"
+    assert len(looks) == 1
+    room.close()
+
+
+def test_a_pass_that_knows_what_it_wants_looks_once(store: SegmentStore, cache: str, looks: list[str]) -> None:
+    """A bound that was lowered takes a second look; what landed since is known beforehand."""
     budget = Budget(bytes_max=8 * ON_DISK)
     room = Room(cache, budget)
     watched = Evictor(cache, budget, room=room)

@@ -1,8 +1,8 @@
 """Flights: at most one fetch of a block at a time, however many readers want it; each ends once; a failure leaves nothing.
 
 A flight is one run of missing blocks within one segment, or half of one (`model.pace`), from one order of the fetcher to the last
-byte, over as many attempts as the retry policy grants. Readers do not wait for the flight but for a *byte of it*: they are woken one by one as
-`landed` passes what they need.
+byte, over as many attempts as the retry policy grants. Readers do not wait for the flight but for a *byte of it*: they are woken
+one by one as `landed` passes what they need.
 
 Concurrency rules:
 - `RemoteObject.flights`, `Flight.landed`, `.error` and `.waiters` change only on the trio thread and only in functions that

@@ -57,7 +57,7 @@ class Pace:
         self._many = _Mean()
 
     def note(self, byte_count: int, took_s: float, under_way: int) -> None:
-        """An answer of so many bytes has come, from the first to the last within `took_s`, while so many requests were under way."""
+        """So many bytes have come, from the first to the last within `took_s`, while so many requests were under way."""
         if byte_count >= MEASURED_BYTES_MIN:
             rate = byte_count / max(took_s, 1e-6)
             if under_way <= FEW:
