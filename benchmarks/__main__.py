@@ -1,7 +1,7 @@
 """`scripts/bench`: sets up what is missing, runs peers interleaved on workloads, prints tables, with --write renews docs/.
 
 Results are kept in the work directory after every round, so an interrupted run loses one round, and `--write` renders all
-that is kept: {"machine", "versions", "commands", "workloads": {name: {"date", "trials": {peer: [metrics]}}}}.
+that is kept: {"machine", "versions", "commands", "workloads": {name: {"date", "dates": {peer: date}, "trials": {peer: [metrics]}}}}.
 """
 
 from __future__ import annotations
@@ -229,8 +229,9 @@ def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools
                 continue
             failed |= any("error" in t for t in trials.get(OURS, []))
             kept = results["workloads"].setdefault(workload.name, {"trials": {}})
-            kept["trials"] |= trials
-            kept["date"] = dt.datetime.now(dt.UTC).date().isoformat()
+            today = dt.datetime.now(dt.UTC).date().isoformat()
+            before = dict.fromkeys(kept["trials"], kept.get("date")) | kept.get("dates", {})
+            kept |= {"date": today, "dates": before | dict.fromkeys(trials, today), "trials": kept["trials"] | trials}
             kept_path.write_text(json.dumps(results))
             sys.stdout.write(report.text_of(workload, trials) + "\n\n")
             sys.stdout.flush()

@@ -23,7 +23,7 @@ from typing import Any, Final
 from benchmarks.meters import Tree
 
 RATE_HZ: Final = 1999
-PROFILED: Final = ("seq-region", "seq-warm-dropped", "small-order-1")
+PROFILED: Final = ("seq-region", "seq-capped", "seq-tls", "files-4", "seq-warm-dropped", "small-order-1")
 FILES_PER_UNIT: Final = 10_000
 
 KINDS: Final[tuple[tuple[str, str, str], ...]] = (
@@ -150,6 +150,14 @@ def rows(profile: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines.append(["**floor**", *map(_seconds, floor)])
     lines.append(["**sum**", *(_seconds(sum(shares[role].values())) for role in roles)])
     return [f"CPU s per {profile['unit']}", *roles], lines
+
+
+def busy_and_floor(profile: Mapping[str, Any]) -> tuple[float, float]:
+    """CPU seconds per unit of all processes together, and what would be left if the mount's own were the floor."""
+    shares: Shares = profile["shares"]
+    busy = sum(sum(kinds.values()) for kinds in shares.values())
+    above = sum(s for role in ("daemon", "worker") for kind, s in shares.get(role, {}).items() if kind not in FLOOR)
+    return busy, busy - above
 
 
 def _seconds(value: float) -> str:

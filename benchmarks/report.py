@@ -164,13 +164,13 @@ def page(results: Mapping[str, Any]) -> str:
     """docs/benchmarks.md from the stored results (see `__main__` for their shape)."""
     workloads = [w for w in WORKLOADS if w.name in results["workloads"]]
     shown = "![the main numbers](benchmarks.svg)\n"
-    parts = [_preamble(results), shown, "## Targets\n", _targets(workloads, results)]
+    parts = [_preamble(results), shown, "## Targets\n", _targets(workloads, results), *_missed(workloads, results)]
     for workload in workloads:
         entry = results["workloads"][workload.name]
         header, lines, failed = rows(workload, entry["trials"])
         parts.append(f"## {workload.title}\n")
         rounds = max(len(runs) for runs in entry["trials"].values())
-        how = f"store {workload.profile.text}, {workload.state}, {rounds} rounds, {entry['date']}"
+        how = f"store {workload.profile.text}, {workload.state}, {rounds} rounds, {_dates(entry)}"
         parts.append(f"`{workload.name}`, {how}.\n")
         parts.append(_markdown(header, lines))
         parts += [f"{reason}\n" for reason in failed]
@@ -229,6 +229,52 @@ def _targets(workloads: list[Workload], results: Mapping[str, Any]) -> str:
             verdict = judge(target, results["workloads"][workload.name]["trials"])
             lines.append([f"`{workload.name}`", verdict.text, verdict.measured, verdict.mark])
     return _markdown(["workload", "target", "measured", "reached"], lines)
+
+
+def _dates(entry: Mapping[str, Any]) -> str:
+    """When it was measured; peers whose trials are of another day are named."""
+    newest: str = entry["date"]
+    older: dict[str, list[str]] = {}
+    for peer, date in sorted(entry.get("dates", {}).items()):
+        if date != newest:
+            older.setdefault(date, []).append(peer)
+    return "; ".join([newest, *(f"{', '.join(peers)}: {date}" for date, peers in sorted(older.items()))])
+
+
+_MISSED = """\
+## What was not reached, and why
+
+Mount, reader and store share the processors. *Busy* is the rate at which all of them would be busy all the time, by the
+profiles below: more is not to be had without less CPU. *Floor* is the same if daemon and workers cost nothing but the floor,
+which no Python does. `plain` is the local directory, read by the same reader.
+"""
+
+
+def _missed(workloads: list[Workload], results: Mapping[str, Any]) -> list[str]:
+    """A row for each workload with a target that was not reached, and its reason."""
+    lines, reasons = [], []
+    for workload in workloads:
+        entry = results["workloads"][workload.name]
+        verdicts = [judge(target, entry["trials"]) for target in workload.targets]
+        missed = [verdict for verdict in verdicts if verdict.reached is False]
+        if missed:
+            shown = [_ceiling(results, workload, floor=floor) for floor in (False, True)]
+            plain = _number(median(entry["trials"].get(PLAIN, []), workload.metric))
+            wanted = "; ".join(f"{verdict.text} (has {verdict.measured})" for verdict in missed)
+            lines.append([f"`{workload.name}`", wanted, *shown, plain])
+            reasons.append(f"- `{workload.name}`: {workload.limit}\n")
+    if not lines:
+        return []
+    return [_MISSED, _markdown(["workload", "wanted", "busy", "floor", "`plain`"], lines), "".join(reasons)]
+
+
+def _ceiling(results: Mapping[str, Any], workload: Workload, *, floor: bool) -> str:
+    """MB/s with all processors busy throughout, where there is a profile that tells."""
+    profile = results.get("profiles", {}).get(workload.name)
+    if profile is None or workload.metric != "mb_s":
+        return "-"
+    cores = int(results["machine"].split()[0])
+    return f"{cores * 2**30 / 1e6 / profiling.busy_and_floor(profile)[floor]:,.0f} MB/s"
 
 
 def _cache(kept: Mapping[str, Any]) -> str:

@@ -225,6 +225,7 @@ class Simulation:
         """Background fill, as `engine.fill` does it: when the line is idle, and not enough of it is under way yet."""
         open_files = {id(reader.file): reader.file for reader in self._readers if reader.file.readers}
         for file in open_files.values():
+            file.fill.piece_bytes = self._fill_window.piece_bytes
             while (piece := file.fill.piece(self._now_s)) is not None and self._may_fill():
                 begun = self._begin(file, piece, urgent=False, fills=True)
                 if begun:
@@ -343,6 +344,7 @@ class Simulation:
         plan = pending.plan
         if pending.awaits and plan.is_scattered:
             waited_s = self._now_s - reader.issued_s[pending.index]
+            self._fill_window.note_miss(waited_s)
             reader.file.fill.on_miss(plan.demand.start, len(plan.demand) + len(plan.ahead), waited_s, self._now_s)
         if reader.over:
             self._open -= 1

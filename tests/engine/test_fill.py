@@ -21,7 +21,7 @@ from valohai_fuse.engine.fill import (
 )
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.model.extents import SEGMENT_BYTES
-from valohai_fuse.model.fill import FAILURES_MAX, PIECE_BYTES_MAX
+from valohai_fuse.model.fill import FAILURES_MAX, PIECE_BYTES_MAX, PIECE_BYTES_MIN
 from valohai_fuse.ports import FailureKind, FetchFailed, FetchOrder, Priority
 
 GIB = 1024 * MIB
@@ -254,6 +254,30 @@ def test_the_window_grows_while_pieces_come_swiftly_and_shrinks_when_they_queue(
         now_t += 1
         window.note(PIECE_BYTES_MAX, now_t, now_t + 0.2)
     assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MIN, ORDERS_MIN)
+
+
+@pytest.mark.parametrize(("miss_s", "piece_s", "grown"), [(0.02, 0.06, True), (0.02, 0.08, False), (0.1, 0.12, True)])
+def test_pieces_grow_where_they_take_hardly_longer_than_a_miss(miss_s: float, piece_s: float, grown: bool) -> None:
+    window = FillWindow(32)
+    for _ in range(40):
+        window.note_miss(miss_s)
+    window.note(PIECE_BYTES_MIN // 2, 0, 0.01)
+    assert window.piece_bytes == PIECE_BYTES_MIN, "nothing is known of whole ones"
+    window.note(PIECE_BYTES_MIN, 0, piece_s)
+    assert window.piece_bytes == (PIECE_BYTES_MAX if grown else PIECE_BYTES_MIN)
+
+
+@pytest.mark.parametrize(("mb_s", "grown"), [(400, True), (20, False)])
+def test_what_a_reader_may_have_to_wait_for_is_small_on_a_slow_line(mb_s: int, grown: bool) -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.fetcher.default = Script(latency_s=0.02, bytes_per_s=mb_s * 1e6)
+        handle = rig.open("a")
+        await read_at_random(rig, handle, 300)
+        await trio.sleep(30)
+        assert (max(len(order.extent) for order in ahead(rig)) > PIECE_BYTES_MIN) is grown
+        rig.reader.close(handle)
+
+    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
 
 
 @pytest.mark.parametrize(

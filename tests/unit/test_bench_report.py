@@ -64,6 +64,28 @@ def test_failures_are_shown_with_their_reason() -> None:
     assert failed == ["rclone failed: hung"]
 
 
+def test_what_was_missed_is_shown_with_its_reason_and_what_the_processors_allow() -> None:
+    """Two processors and 1 CPU s per GiB in all: 2,147 MB/s; 0.4 s of it are ours and above the floor."""
+    results = _results({"valohai-fuse": [{"mb_s": 500.0}], "rclone": [{"mb_s": 310.0}], "plain": [{"mb_s": 5000.0}]})
+    daemon = {"kernel: sockets": 0.3, "Python and extensions": 0.4}
+    results["machine"] = "2 cores of something"
+    results["profiles"] = {
+        "seq-region": {"date": "d", "unit": "GiB", "shares": {"daemon": daemon, "reader": {"its own": 0.3}}}
+    }
+    page = report.page(results)
+    assert "| `seq-region` | MB/s at least 2 x best (has 1.61 x rclone) | 2,147 MB/s | 3,579 MB/s | 5,000 |" in page
+    assert f"- `seq-region`: {_BY_NAME['seq-region'].limit}" in page
+    results["workloads"]["seq-region"]["trials"]["valohai-fuse"] = [{"mb_s": 650.0}]
+    assert "What was not reached" not in report.page(results)
+
+
+def test_trials_of_another_day_say_so() -> None:
+    results = _results({"valohai-fuse": [{"mb_s": 500.0}], "rclone": [{"mb_s": 310.0}]})
+    entry = results["workloads"]["seq-region"]
+    entry |= {"date": "2026-11-29", "dates": {"valohai-fuse": "2026-11-29", "rclone": "2026-11-27"}}
+    assert "rounds, 2026-11-29; rclone: 2026-11-27.\n" in report.page(results)
+
+
 def test_the_page_and_the_picture_are_made_of_the_results_alone(tmp_path: Path) -> None:
     """Rows, verdicts, versions, commands; the picture is well-formed; the numbers are kept beside them."""
     results = _results({"valohai-fuse": [{"mb_s": 650.0}], "rclone": [{"mb_s": 310.0}], "curl": [{"mb_s": 552.0}]})

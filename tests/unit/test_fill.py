@@ -15,6 +15,7 @@ from valohai_fuse.model.fill import (
     MISSES_MIN,
     PAUSE_S,
     PIECE_BYTES_MAX,
+    PIECE_BYTES_MIN,
     RATE_BYTES_S,
     RUN_BYTES_MAX,
     SMALL_SHARE_MAX,
@@ -153,7 +154,7 @@ def test_the_most_missed_comes_first() -> None:
     now_s = read_at_random(fill, 400)
     for _ in range(50):
         fill.on_miss(17 * SEGMENT_BYTES, RANDOM_READ_BYTES, 0.02, now_s)
-    assert [piece.start // SEGMENT_BYTES for piece in ordered(fill, now_s)[: SEGMENT_BYTES // PIECE_BYTES_MAX]] == [
+    assert [piece.start // SEGMENT_BYTES for piece in ordered(fill, now_s)[: SEGMENT_BYTES // PIECE_BYTES_MIN]] == [
         17
     ] * 4
 

@@ -24,18 +24,21 @@ import trio
 from valohai_fuse.engine.flights import Flight, Flights
 from valohai_fuse.engine.objects import RemoteObject
 from valohai_fuse.model.extents import Extent
-from valohai_fuse.model.fill import PIECE_BYTES_MAX, Fill
+from valohai_fuse.model.fill import PIECE_BYTES_MAX, PIECE_BYTES_MIN, Fill
 from valohai_fuse.model.readahead import Plan
 from valohai_fuse.ports import Metrics, Priority
 
 ORDERS_MIN = 4
 """What is left to fetch of a piece are gaps between what was read, half a MiB each and less."""
 ORDERS_MAX = 16
-WINDOW_BYTES_MIN = 2 * PIECE_BYTES_MAX
-WINDOW_BYTES_MAX = 16 * PIECE_BYTES_MAX
+WINDOW_BYTES_MIN = 2 * PIECE_BYTES_MIN
+WINDOW_BYTES_MAX = ORDERS_MAX * PIECE_BYTES_MAX
 _SWIFT_SHARE = 2.0
 """A piece that took no longer than so many times the shortest did not queue."""
 _SLOW_SHARE = 4.0
+_LONGER_S_MAX = 0.05
+"""What a piece of PIECE_BYTES_MIN may take longer than a miss, where the next ones are larger: who waits for those waits that long
+at the most, and a miss less."""
 LINE_IDLE_BYTES = 4 * 1024 * 1024
 """What may be under way for others: 32 readers at random have that much, a stream of any speed has more."""
 LOOKS_MAX = 32
@@ -58,24 +61,38 @@ class FillLimits:
 
 class FillWindow:
     """How much may be under way: grows by each piece that came swiftly, so doubles within a round trip, as TCP's slow start, and is
-    halved by one that was slow, but not for those that were ordered before that."""
+    halved by one that was slow, but not for those that were ordered before that. And how large the pieces are."""
 
     def __init__(self, connections: int) -> None:
         self._connections = connections
         self._swiftest_s = float("inf")
+        self._swiftest_whole_s = float("inf")
+        self._miss_s = 0.0
         self._halved_t = 0.0
         self.bytes_max = WINDOW_BYTES_MIN
 
     @property
+    def piece_bytes(self) -> int:
+        """Of the pieces to come."""
+        is_quick = self._swiftest_whole_s <= self._miss_s + _LONGER_S_MAX
+        return PIECE_BYTES_MAX if is_quick else PIECE_BYTES_MIN
+
+    @property
     def orders_max(self) -> int:
         """Half of the connections at the most."""
-        wanted = min(ORDERS_MAX, max(ORDERS_MIN, ORDERS_MAX * self.bytes_max // WINDOW_BYTES_MAX))
+        wanted = min(ORDERS_MAX, max(ORDERS_MIN, self.bytes_max // self.piece_bytes))
         return max(1, min(wanted, self._connections // (4 if wanted == ORDERS_MIN else 2)))
 
+    def note_miss(self, waited_s: float) -> None:
+        """A scattered read had to wait for bytes."""
+        self._miss_s += (waited_s - self._miss_s) / 8 if self._miss_s else waited_s
+
     def note(self, byte_count: int, began_t: float, now_t: float) -> None:
-        """A piece has landed."""
+        """A piece has landed, or what was lacking of it."""
         took_s = now_t - began_t
         self._swiftest_s = min(self._swiftest_s, took_s)
+        if byte_count >= PIECE_BYTES_MIN:
+            self._swiftest_whole_s = min(self._swiftest_whole_s, took_s)
         if took_s <= _SWIFT_SHARE * self._swiftest_s:
             self.bytes_max = min(WINDOW_BYTES_MAX, self.bytes_max + byte_count)
         elif took_s > _SLOW_SHARE * self._swiftest_s and began_t >= self._halved_t:
@@ -116,6 +133,7 @@ class BackgroundFill:
             return
         if obj.fill is None:
             obj.fill = Fill(obj.key.size, self._limits.bytes_max)
+        self._window.note_miss(waited_s)
         fetched_bytes = len(plan.demand) + len(plan.ahead)
         obj.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, trio.current_time())
         if obj.fill.is_worth_it:
@@ -143,8 +161,11 @@ class BackgroundFill:
             looks -= 1
             obj = next(iter(self._open))
             del self._open[obj]
-            piece = obj.fill.piece(trio.current_time()) if obj.fill is not None else None
-            if piece is None or obj.fill is None:
+            if obj.fill is None:
+                continue
+            obj.fill.piece_bytes = self._window.piece_bytes
+            piece = obj.fill.piece(trio.current_time())
+            if piece is None:
                 continue  # until its next miss
             self._open[obj] = None
             started = self._begin(obj, piece)

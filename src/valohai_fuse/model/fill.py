@@ -53,8 +53,10 @@ WHOLE_SHARE_MIN = 3 / 4
 """Of a file's segments touched: from then on it is read all over, and its other segments are wanted as well."""
 WHOLE_SHARE_MIN_SMALL = 1 / 3
 
-PIECE_BYTES_MAX = 2 * 1024 * 1024
-"""Ordered at once: a read that falls into a piece under way waits for it, so it must not take much more than a round trip."""
+PIECE_BYTES_MIN = 2 * 1024 * 1024
+"""Ordered at once: a read that falls into a piece under way waits for it, so it must not take much longer than a miss."""
+PIECE_BYTES_MAX = 4 * 1024 * 1024
+"""Where pieces have shown that they do not."""
 
 PAUSE_S = 60.0
 """A file without a scattered miss for so long is not being read at random any more."""
@@ -83,6 +85,8 @@ class Fill:
 
     size: int
     bytes_max: int
+    piece_bytes: int = PIECE_BYTES_MIN
+    """Of the pieces to come."""
     _misses: int = 0
     _spent_bytes: int = 0
     _waited_s: float = 0.0
@@ -181,7 +185,7 @@ class Fill:
             self._current = self._cut(stop)
 
     def _cut(self, start: int) -> Extent:
-        return Extent(start, min(start + PIECE_BYTES_MAX, self.size))
+        return Extent(start, min(start - start % self.piece_bytes + self.piece_bytes, self.size))
 
     @property
     def _comes_back(self) -> bool:
