@@ -1,7 +1,8 @@
 """`scripts/bench`: sets up what is missing, runs peers interleaved on workloads, prints tables, with --write renews docs/.
 
 Results are kept in the work directory after every round, so an interrupted run loses one round, and `--write` renders all
-that is kept: {"machine", "versions", "commands", "workloads": {name: {"date", "dates": {peer: date}, "trials": {peer: [metrics]}}}}.
+that is kept: {"machine", "versions", "commands", "profiles", "cache",
+"workloads": {name: {"date", "dates": {peer: date}, "trials": {peer: [metrics]}}}}.
 """
 
 from __future__ import annotations

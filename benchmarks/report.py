@@ -15,6 +15,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from benchmarks import profiling
+from benchmarks.limits import LIMITS
 from benchmarks.peers import OURS, PEERS, PLAIN
 from benchmarks.workloads import UNITS, WORKLOADS, Target, Workload
 
@@ -262,7 +263,7 @@ def _missed(workloads: list[Workload], results: Mapping[str, Any]) -> list[str]:
             plain = _number(median(entry["trials"].get(PLAIN, []), workload.metric))
             wanted = "; ".join(f"{verdict.text} (has {verdict.measured})" for verdict in missed)
             lines.append([f"`{workload.name}`", wanted, *shown, plain])
-            reasons.append(f"- `{workload.name}`: {workload.limit}\n")
+            reasons.append(f"- `{workload.name}`: {LIMITS[workload.name]}\n")
     if not lines:
         return []
     return [_MISSED, _markdown(["workload", "wanted", "busy", "floor", "`plain`"], lines), "".join(reasons)]

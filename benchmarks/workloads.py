@@ -80,8 +80,6 @@ class Workload:
     listed: bool = True
     """Whether names and sizes are asked for before the clock starts, as a program that was given a listing would."""
     timeout_s: float = 300.0
-    limit: str = ""
-    """What keeps it from its targets, and what it would take: shown as long as one is missed."""
 
 
 def _task(pattern: str, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""Why a target is not reached, and what reaching it would take: shown on the page as long as it is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+_COLD: Final = """\
+the processors are the bound (*busy*), and the store and the reader have two fifths of them. What is ours and not floor is the
+Python of the daemon and the worker, once for each MiB, and the system calls that go with it. More than *busy* takes both of them in
+a compiled language; how far larger and smaller pieces, one process more or less, and other windows go stands in
+`docs/decisions.md`."""
+
+LIMITS: Final[Mapping[str, str]] = {
+    "seq-near": _COLD,
+    "seq-region": _COLD,
+    "seq-far": _COLD,
+    "seq-capped": "as `seq-region` once the window is full; until then a connection's own rate bounds each piece of it.",
+    "seq-tls": """\
+what the store encrypts is decrypted beside it on the same two processors, and what is wanted is beyond *busy*. curl, which mounts
+nothing, stays behind it as well. It would take a third processor, or a store that is not on this machine.""",
+    "files-4": _COLD,
+    "seq-warm-kept": """\
+nothing of ours runs, the CPU of the mount is 0: it is the kernel's way through the page cache of a FUSE file, not of ext4's.""",
+    "seq-warm-dropped": """\
+each MiB goes through the daemon's one thread: it is asked for, found in what was loaded ahead, verified, and copied into the
+kernel. httpdirfs verifies nothing. FUSE passthrough, which pyfuse3 does not have, would leave all of that to the kernel, but only
+for files that lie there whole, and it would serve bytes that nobody has verified.""",
+    "skip-17m": """\
+the first three places take a third of the time: a connection and a round trip each, before a jump has repeated itself. Larger
+guesses after one jump would cost a reader at random as much for nothing.""",
+    "random-4k-8": """\
+the first misses cost a round trip each, until a file has proved worth completing; a peer that fetches all that lies behind each
+read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",
+    "zip-random": "as `random-4k-8`: the members of a small archive are misses until it is worth completing.",
+    "find-warm": """\
+names and attributes come from the kernel's own cache, and what is wanted is beyond a local directory, too (`plain`). The kernel
+caches no directory listings for pyfuse3, whose handles lack `cache_readdir`; they are what the daemon's CPU goes into.""",
+}
