@@ -55,6 +55,8 @@ class Outcome:
 class IntoFiles:
     """`engine.prefetch.Keep`: pieces go from the store into files below a directory."""
 
+    in_cache = False
+
     def __init__(self, catalogue: Catalogue, store: SegmentStore, target_fd: int, partial_dir: str) -> None:
         self._catalogue = catalogue
         self._store = store

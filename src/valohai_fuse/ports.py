@@ -239,8 +239,8 @@ class BlockStore(Protocol):
 
     def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """The block-aligned parts of `extent` that are not present, merged and ascending. By the tables only, without
-        verification; a wrong guess costs a fetch or a retry, never a wrong byte. `to_keep`: what is only staged, on its way
-        to the disk at best, does not count as present."""
+        verification; a wrong guess costs a fetch or a retry, never a wrong byte. `to_keep`: what is in memory only, on its
+        way to the disk at best, does not count as present."""
         ...
 
     def version(self, key: ObjectKey, offset: int) -> Version | None:
@@ -252,12 +252,12 @@ class BlockStore(Protocol):
         ...
 
     def landing(
-        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
     ) -> AbstractAsyncContextManager[LandingPlace | None]:
         """The place for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is taken
         before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for (`ahead`);
         what somebody waits for gets a place in any case. `staged`: somebody is about to read it, once; the store may
-        choose a place with staging."""
+        choose a place with staging. `to_keep`: it is fetched to lie on the disk, which may take its time."""
         ...
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:

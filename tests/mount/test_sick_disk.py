@@ -48,6 +48,24 @@ def test_a_slow_disk_is_used_less(mount_inputs: MountInputs, tmp_path: Path, mon
     assert "the cache disk holds fetches up" in mounted.log()
 
 
+def test_prefetch_waits_for_a_slow_disk(
+    mount_inputs: MountInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte of what it says is there can be read by the next mount, without a store."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.replace("20e6", "80e6"))
+    monkeypatch.setenv("PYTHONPATH", f"{SOURCES}{os.pathsep}{tmp_path}")
+    files = {f"{n}.bin": ramp(48 * MIB + n) for n in range(8)}
+    mounted = mount_inputs({"data": files})
+    outcome = mounted.cli("prefetch", str(mounted.path("data")))
+    assert outcome.returncode == 0, outcome.stderr
+    assert mounted.sent_bytes() == sum(48 * MIB + n for n in range(8))
+    assert mounted.unmount().returncode == 0
+    assert mounted.mount().returncode == 0
+    mounted.sandbox.stop_store()
+    for name in files:
+        assert read_elsewhere(mounted.path("data", name)) == mounted.sandbox.expected_bytes("data", name)
+
+
 def test_a_deleted_cache_is_made_again(mount_inputs: MountInputs) -> None:
     """`rm -rf` of the whole directory below a live mount: reads go on, and soon what is read is cached again."""
     files = {f"{n}.bin": ramp(MIB + n) for n in range(60)}

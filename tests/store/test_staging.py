@@ -99,6 +99,25 @@ def test_a_stream_is_read_from_memory_and_nothing_is_on_the_disk_yet(store: Segm
     trio.run(main)
 
 
+def test_what_is_fetched_to_be_kept_waits_for_a_slow_disk(store: SegmentStore) -> None:
+    """What a reader waits for lands in memory then, which is no place to keep anything."""
+
+    async def main() -> None:
+        store.note_landed(len(nth(0)), disk_wait_s=5)
+        async with store.landing(KEY, nth(0), ahead=False, to_keep=True) as kept:
+            assert kept is not None
+            assert not is_memory_path(kept.segment_path)
+        async with store.landing(KEY, nth(1), ahead=False) as place:
+            assert place is not None
+            assert is_memory_path(place.segment_path)
+            with SegmentWriter(place.segment_path, KEY, 1, "v") as writer:
+                writer.land(nth(1).start, content(nth(1)))
+        assert store.missing(KEY, "v", nth(1)) == []
+        assert store.missing(KEY, "v", nth(1), to_keep=True) == [nth(1)]
+
+    trio.run(main)
+
+
 def test_small_pieces_and_what_nobody_reads_land_in_the_file(store: SegmentStore) -> None:
     async def main() -> None:
         small = Extent(0, STAGED_BYTES_MIN - BLOCK_BYTES)

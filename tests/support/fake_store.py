@@ -166,7 +166,7 @@ class FakeBlockStore:
 
     @contextlib.asynccontextmanager
     async def landing(
-        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
     ) -> AsyncIterator[LandingPlace | None]:
         """See `ports.BlockStore`; there is room unless `full`."""
         if self.full and ahead:

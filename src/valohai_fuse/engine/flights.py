@@ -62,19 +62,29 @@ class Flight:
         "priority",
         "scope",
         "staged",
+        "to_keep",
         "turn",
         "urgent",
         "waiters",
     )
 
     def __init__(
-        self, obj: RemoteObject, extent: Extent, priority: Priority, turn: int, *, staged: bool = False
+        self,
+        obj: RemoteObject,
+        extent: Extent,
+        priority: Priority,
+        turn: int,
+        *,
+        staged: bool = False,
+        to_keep: bool = False,
     ) -> None:
         self.turn = turn
         self.claimed = False
         """Its blocks are claimed for us (`engine.sharing`)."""
         self.staged = staged
         """Readers want it, the cache gets what its disk can take; otherwise it is fetched for the cache's sake."""
+        self.to_keep = to_keep
+        """Nobody reads it: it is to lie in the cache, however long its disk takes."""
         self.order: FetchOrder | None = None
         """What the fetcher has of it now."""
         self.object = obj
@@ -179,18 +189,20 @@ class Flights:
         self.ended: Callable[[Flight], None] | None = None
         """Told of each flight that has ended, after that."""
 
-    def begin(self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False) -> list[Flight]:
+    def begin(
+        self, obj: RemoteObject, wanted: Extent, priority: Priority, *, staged: bool = False, to_keep: bool = False
+    ) -> list[Flight]:
         """Starts flights for those blocks of `wanted` (block-aligned) that are not in flight, and returns them. Does not ask
         the store what it has: whoever calls has just done so.
 
-        `staged`: as in `BlockStore.landing`; what is fetched for the cache's sake comes in whole segments, as many at once as
-        whoever orders them likes.
+        `staged`, `to_keep`: as in `BlockStore.landing`; what is fetched for the cache's sake comes in whole segments, as many at
+        once as whoever orders them likes.
         """
         begun = []
         for gap in self._gaps(obj, wanted):
             for part in self._pace.requests(gap) if staged else split_by_segment(gap):
                 self._turn += 1
-                flight = Flight(obj, part, priority, self._turn, staged=staged)
+                flight = Flight(obj, part, priority, self._turn, staged=staged, to_keep=to_keep)
                 # Before the task runs: what another process lands in between would be fetched again.
                 flight.claimed = self._store.claim(obj.key, part)
                 obj.flights.append(flight)
@@ -310,7 +322,9 @@ class Flights:
 
         priority = Priority.DEMAND if flight.urgent else flight.priority
         ahead = priority is Priority.AHEAD and not flight.wanted
-        async with self._store.landing(obj.key, flight.coming, ahead=ahead, staged=flight.staged) as place:
+        async with self._store.landing(
+            obj.key, flight.coming, ahead=ahead, staged=flight.staged, to_keep=flight.to_keep
+        ) as place:
             if place is None:
                 return  # no room for what nobody waits for
             order = FetchOrder(
@@ -328,7 +342,7 @@ class Flights:
             try:
                 fetched: Fetched = await self._fetcher.fetch(order, landed)
                 self._pace.note(fetched.fetched_bytes, fetched.total_s - fetched.first_byte_s, self.active)
-                self._note_kept(order, fetched)
+                self._note_kept(order, fetched, to_keep=flight.to_keep)
             finally:
                 flight.order = None
         if obj.generation != generation:
@@ -336,13 +350,13 @@ class Flights:
         obj.adopt(fetched.version)
         flight.advance(flight.extent.stop)
 
-    def _note_kept(self, order: FetchOrder, fetched: Fetched) -> None:
-        """Tells the store what the disk made of an order."""
+    def _note_kept(self, order: FetchOrder, fetched: Fetched, *, to_keep: bool) -> None:
+        """Tells the store what the disk made of an order: how long readers waited for it, not who fetches for its sake."""
         if fetched.disk_error:
             self._store.landing_failed(order.key, order.extent.start, fetched.disk_error)
         elif not fetched.is_kept:
             self._store.note_passed_by(len(order.extent))
-        else:
+        elif not to_keep:
             self._store.note_landed(len(order.extent), fetched.disk_wait_s)
 
     def _given_up(

@@ -54,6 +54,9 @@ class Progress:
 class Keep(Protocol):
     """What becomes of a file's pieces. Methods raise ReadError when the file cannot be kept; it counts as failed then."""
 
+    in_cache: bool
+    """The cache's files are where they are kept, so a slow disk is waited for."""
+
     async def begin(self, inode: Inode, size: int) -> tuple[Iterable[Extent], int]:
         """The pieces wanted, each within one segment and ascending, and how many bytes are there already beside them."""
         ...
@@ -69,6 +72,8 @@ class Keep(Protocol):
 
 class InCache:
     """Nothing is to be done: what has landed is in the cache."""
+
+    in_cache = True
 
     async def begin(self, inode: Inode, size: int) -> tuple[Iterable[Extent], int]:  # noqa: ARG002 - the protocol's shape
         """All of the file."""
@@ -263,11 +268,11 @@ class Prefetch:
     async def _land(self, handle: Handle, piece: _Piece) -> None:
         obj = handle.object
         for _ in range(ROUNDS_MAX):
-            gaps = self._reader.gaps(obj, piece.extent, to_keep=True)
+            gaps = self._reader.gaps(obj, piece.extent, to_keep=self._keep.in_cache)
             if not gaps:
                 return
             for gap in gaps:
-                self._flights.begin(obj, gap, self._priority)
+                self._flights.begin(obj, gap, self._priority, to_keep=self._keep.in_cache)
             flights = self._flights.covering(obj, piece.extent)
             self._bytes_fetched += piece.fetched  # of the round before, which came to nothing
             piece.flights = [
@@ -278,7 +283,7 @@ class Prefetch:
                 flight.want(trio.current_time() + self._patience_s)  # before the first of them is waited for
             for flight, _start, stop in piece.flights:
                 await self._wait_landed(flight, stop, handle)
-        if self._reader.gaps(obj, piece.extent, to_keep=True):
+        if self._reader.gaps(obj, piece.extent, to_keep=self._keep.in_cache):
             raise errors.ReadError(f"{obj.label}: the cache does not keep what it is given")
 
     async def _wait_landed(self, flight: Flight, stop: int, handle: Handle) -> None:

@@ -86,10 +86,10 @@ class MemorySegments:
     def __len__(self) -> int:
         return len(self._held)
 
-    def get(self, key: ObjectKey, index: int, *, to_keep: bool = False) -> OpenSegment | None:
-        """The segment, or None. `to_keep`: not one whose blocks are on their way to the disk at best."""
+    def get(self, key: ObjectKey, index: int) -> OpenSegment | None:
+        """The segment, or None."""
         held = self._held.get((key, index))
-        return None if held is None or (to_keep and not held.stands_in) else held.opened
+        return None if held is None else held.opened
 
     def indexes(self, key: ObjectKey) -> list[int]:
         """Which segments of the object are here."""

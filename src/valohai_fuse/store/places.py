@@ -188,21 +188,21 @@ class Places:
         with self._lock:
             return self._memory.get(*place) or (None if self._disk.stuck else self._opened.get(place))
 
-    def look_in_memory(self, place: Place, *, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
+    def look_in_memory(self, place: Place) -> list[tuple[OpenSegment, Contents]]:
         """The segment in memory as of now, if there is one with any block."""
         with self._lock:
-            in_memory = self._memory.get(*place, to_keep=to_keep)
+            in_memory = self._memory.get(*place)
         places: list[tuple[OpenSegment, Contents]] = []
         if in_memory is not None:
             self._refresh(in_memory, places, nowait=False)
         return places if places and any(places[0][1].entries) else []
 
     def look(self, place: Place, *, nowait: bool, to_keep: bool = False) -> list[tuple[OpenSegment, Contents]]:
-        """Where blocks of the segment are, as of now; a disk that is stuck has none.
+        """Where blocks of the segment are, as of now; a disk that is stuck has none. `to_keep`: in the file, not in memory.
 
         Raises BlockingIOError with `nowait`, nothing else.
         """
-        places = self.look_in_memory(place, to_keep=to_keep)
+        places = [] if to_keep else self.look_in_memory(place)
         if not self.avoids_file(place):
             try:
                 places += self._disk.call(self._look_at_file, place, nowait=nowait)

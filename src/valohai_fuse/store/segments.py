@@ -405,7 +405,7 @@ class SegmentStore:
 
     @contextlib.asynccontextmanager
     async def landing(
-        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False
+        self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
     ) -> AsyncIterator[LandingPlace | None]:
         """Where a fetch of `extent` lands, with room taken for it while the block runs; see `ports.BlockStore`.
 
@@ -414,11 +414,11 @@ class SegmentStore:
         place = (key, extent.start // SEGMENT_BYTES)
         path = self._file_path(place)
         with self._staging(place, extent, staged=staged) if path else contextlib.nullcontext("") as staging:
-            if path is None or not (staging or self._pace.affordable()):
+            if path is None or not (staging or to_keep or self._pace.affordable()):
                 with self._standing_in(place, extent) as memory:
                     yield LandingPlace(memory)
                 return
-            charged_s = 0.0 if staging else self._pace.begin(len(extent))
+            charged_s = 0.0 if staging or to_keep else self._pace.begin(len(extent))
             try:
                 async with self._taken(len(extent), ahead=ahead, staged=bool(staging)) as granted:
                     if granted:
