@@ -16,7 +16,7 @@ JUMPS_ALIKE_MIN = 2
 """Repetitions of the first jump before it is believed."""
 
 TRIED_PIECES = 2
-"""Planned upon the first repetition: no more than half of what was read by then and is read now."""
+"""Planned upon the first repetition, when three places are or were read."""
 
 PIECES_MAX = 64
 PIECE_BYTES_MAX = 8 * 1024 * 1024
