@@ -257,7 +257,8 @@ class BlockStore(Protocol):
         """The place for one fetch of `extent` (within one segment), which lasts as long as the block: room for it is taken
         before it begins. May wait, bounded, until there is some. None: there is none for what nobody waits for (`ahead`);
         what somebody waits for gets a place in any case. `staged`: somebody is about to read it, once; the store may
-        choose a place with staging. `to_keep`: it is fetched to lie on the disk, which may take its time."""
+        choose a place with staging. `to_keep`: it is fetched to lie on the disk, which may take its time; None while that
+        takes nothing."""
         ...
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:

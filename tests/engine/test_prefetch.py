@@ -13,7 +13,7 @@ from support.fake_fetcher import Script
 from support.prefetch_rig import prefetch_of, tree_of
 from valohai_fuse import errors
 from valohai_fuse.engine.objects import Handle
-from valohai_fuse.engine.prefetch import InCache
+from valohai_fuse.engine.prefetch import REFUSED_PAUSE_S, ROUNDS_MAX, InCache
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 from valohai_fuse.model.tree import ROOT, Inode, LocalFile
 from valohai_fuse.ports import FailureKind, FetchFailed, Priority
@@ -141,6 +141,47 @@ def test_only_a_silence_ends_a_file_not_its_length() -> None:
         assert trio.current_time() > 30
 
     run(scenario, {"slow": 8 * MIB, "stuck": 8 * MIB})
+
+
+def test_a_disk_that_takes_nothing_for_a_moment_is_waited_for() -> None:
+    async def scenario(rig: EngineRig) -> None:
+        rig.store.refuses_disk = True
+        tree = tree_of(rig)
+        async with trio.open_nursery() as nursery:
+            prefetch = prefetch_of(rig, nursery, tree)
+            nursery.start_soon(prefetch.run, tree.walk_files(ROOT))
+            await trio.sleep(REFUSED_PAUSE_S / 2)
+            assert rig.fetcher.fetched_bytes == 0
+            rig.store.refuses_disk = False
+        progress = prefetch.progress()
+        assert (progress.files_done, progress.files_failed) == (2, 0)
+        assert progress.bytes_fetched == rig.fetcher.fetched_bytes == SEGMENT_BYTES + 10
+
+    run(scenario, {"a": SEGMENT_BYTES + 5, "b": 5})
+
+
+def test_nothing_is_fetched_for_a_disk_that_takes_nothing() -> None:
+    """A thousand files are told as failed after one of them has waited; when the disk takes some again the rest comes."""
+
+    async def scenario(rig: EngineRig) -> None:
+        rig.store.refuses_disk = True
+        tree = tree_of(rig)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            prefetch = prefetch_of(rig, nursery, tree)
+            await prefetch.run(tree.walk_files(ROOT))
+        progress = prefetch.progress()
+        assert (progress.files_done, progress.files_failed) == (0, 1000)
+        assert "takes no writes" in progress.failures[0][1]
+        assert rig.fetcher.fetched_bytes == progress.bytes_fetched == progress.bytes_done == 0
+        assert trio.current_time() - began < 2 * ROUNDS_MAX * REFUSED_PAUSE_S
+        rig.store.refuses_disk = False
+        async with trio.open_nursery() as nursery:
+            again = prefetch_of(rig, nursery, tree)
+            await again.run(tree.walk_files(ROOT))
+        assert again.progress().files_done == 1000
+
+    run(scenario, {f"{n}": 5 for n in range(1000)})
 
 
 def test_what_keeps_the_pieces_is_told_of_each_and_of_the_end() -> None:

@@ -66,6 +66,33 @@ def test_prefetch_waits_for_a_slow_disk(
         assert read_elsewhere(mounted.path("data", name)) == mounted.sandbox.expected_bytes("data", name)
 
 
+def test_prefetch_fetches_little_for_a_disk_that_takes_no_more(
+    mount_inputs: MountInputs, own_directories: Path
+) -> None:
+    """Out of inodes. Each file is told once, what the disk has refused is not fetched for it again, and reads go on from memory."""
+    disk = own_directories / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400m,nr_inodes=12,mode=700", "tmpfs", disk], check=False
+    )
+    if mount.returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        mounted = mount_inputs(
+            {"data": {f"{n}.bin": ramp(8 * MIB + n) for n in range(20)}},
+            options=(f"--cache-dir={disk}/cache", "--cache-min-free=0"),
+            expected_warnings=("takes no writes",),
+        )
+        outcome = mounted.cli("prefetch", str(mounted.path("data")))
+        assert outcome.returncode != 0
+        assert "the cache directory takes no writes" in outcome.stderr
+        assert mounted.sent_bytes() < 20 * 8 * MIB
+        assert read_elsewhere(mounted.path("data", "7.bin")) == mounted.sandbox.expected_bytes("data", "7.bin")
+        assert mounted.unmount().returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_a_deleted_cache_is_made_again(mount_inputs: MountInputs) -> None:
     """`rm -rf` of the whole directory below a live mount: reads go on, and soon what is read is cached again."""
     files = {f"{n}.bin": ramp(MIB + n) for n in range(60)}

@@ -44,6 +44,8 @@ class FakeBlockStore:
         self.reads_nowait = 0
         self.full = False
         """True: nothing is granted to what nobody waits for."""
+        self.refuses_disk = False
+        """True: nothing is granted to what is to be kept on the disk."""
         self.landings = 0
         """Under way."""
         self.claimed: list[tuple[ObjectKey, Extent]] = []
@@ -168,8 +170,8 @@ class FakeBlockStore:
     async def landing(
         self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
     ) -> AsyncIterator[LandingPlace | None]:
-        """See `ports.BlockStore`; there is room unless `full`."""
-        if self.full and ahead:
+        """See `ports.BlockStore`; there is room unless `full`, and a disk for what is to be kept unless `refuses_disk`."""
+        if (self.full and ahead) or (self.refuses_disk and to_keep):
             yield None
             return
         self.landings += 1

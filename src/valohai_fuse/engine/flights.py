@@ -326,7 +326,7 @@ class Flights:
             obj.key, flight.coming, ahead=ahead, staged=flight.staged, to_keep=flight.to_keep
         ) as place:
             if place is None:
-                return  # no room for what nobody waits for
+                return  # no room for what nobody waits for, or on a disk that is to keep it
             order = FetchOrder(
                 key=obj.key,
                 extent=flight.coming,

@@ -33,7 +33,10 @@ FAILURES_TOLD_MAX: Final = 100
 STEP_BYTES: Final = 1024 * 1024
 """A silence is noticed when less than this lands within the patience."""
 ROUNDS_MAX: Final = 3
-"""How often a piece may land and be gone again: a cache that is smaller than what is fetched at once."""
+"""How often a piece may land and be gone again, in a cache that is smaller than what is fetched at once, or find a disk that
+takes nothing."""
+REFUSED_PAUSE_S: Final = 1.0
+"""A disk that takes nothing is asked again after that, by a piece; not any more once a file failed for it, until it takes one."""
 BREATH_FILES: Final = 100
 
 
@@ -142,6 +145,7 @@ class Prefetch:
         self._bytes = self._bytes_done = self._bytes_fetched = 0
         self._failures: list[tuple[str, str]] = []
         self._unsized = trio.Semaphore(pieces_max)
+        self._disk_refuses = False
 
     def progress(self) -> Progress:
         """How far it is."""
@@ -283,8 +287,19 @@ class Prefetch:
                 flight.want(trio.current_time() + self._patience_s)  # before the first of them is waited for
             for flight, _start, stop in piece.flights:
                 await self._wait_landed(flight, stop, handle)
+            if self._keep.in_cache:
+                await self._note_refused(piece)
         if self._reader.gaps(obj, piece.extent, to_keep=self._keep.in_cache):
-            raise errors.ReadError(f"{obj.label}: the cache does not keep what it is given")
+            refused = self._disk_refuses = any(flight.landed < stop for flight, _start, stop in piece.flights)
+            why = "the cache directory takes no writes" if refused else "the cache does not keep what it is given"
+            raise errors.ReadError(f"{obj.label}: {why}")
+
+    async def _note_refused(self, piece: _Piece) -> None:
+        """Gives a disk that took nothing of the last round some time, if it may need only that."""
+        if all(flight.landed >= stop for flight, _start, stop in piece.flights):
+            self._disk_refuses = False
+        elif not self._disk_refuses:
+            await trio.sleep(REFUSED_PAUSE_S)
 
     async def _wait_landed(self, flight: Flight, stop: int, handle: Handle) -> None:
         """Until `flight` has landed up to `stop`, however long that takes while bytes come. Raises ReadError."""

@@ -415,15 +415,15 @@ class SegmentStore:
         path = self._file_path(place)
         with self._staging(place, extent, staged=staged) if path else contextlib.nullcontext("") as staging:
             if path is None or not (staging or to_keep or self._pace.affordable()):
-                with self._standing_in(place, extent) as memory:
-                    yield LandingPlace(memory)
+                with contextlib.nullcontext() if to_keep else self._standing_in(place, extent) as memory:
+                    yield None if memory is None else LandingPlace(memory)
                 return
             charged_s = 0.0 if staging or to_keep else self._pace.begin(len(extent))
             try:
                 async with self._taken(len(extent), ahead=ahead, staged=bool(staging)) as granted:
                     if granted:
                         yield LandingPlace(path, staging)
-                    elif ahead:
+                    elif ahead or to_keep:
                         yield None
                     else:
                         with self._standing_in(place, extent) as memory:
