@@ -54,10 +54,10 @@ log = logging.getLogger(__name__)
 
 WARNINGS_REPORTED_MAX = 20
 
-STAGED_BEHIND_BYTES = BEHIND_BYTES + 2 * SEGMENT_BYTES
-"""Room for what is written to the disk, or being read, beside what is fetched ahead. With half of that a slow disk had so much of
-it waiting that the stream found no memory to land in, and ran at the disk's pace; without the two segments, what had been
-fetched ahead and not read yet had to go for what came behind it, and was fetched again."""
+STAGED_BEHIND_BYTES = BEHIND_BYTES + 3 * (SEGMENT_BYTES + 64 * 1024)
+"""Room for what is written to the disk, or being read, beside what is fetched ahead. With half of that a
+slow disk had so much of it waiting that the stream found no memory to land in, and ran at the disk's pace; without the three
+segments, what had been fetched ahead and not read yet had to go for what came behind it, and was fetched again."""
 
 
 FILL_SHARE_OF_CACHE = 4

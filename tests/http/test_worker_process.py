@@ -59,7 +59,8 @@ class _Landing:
 class _Order:
     """As much of an order as that needs."""
 
-    start = 0
+    start, size = 0, 1024
+    segment_path = b"/nowhere"
 
 
 def test_what_is_not_written_behind_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

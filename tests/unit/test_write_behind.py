@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import select
 import threading
@@ -15,6 +16,7 @@ import pytest
 from valohai_fuse.fetch.behind import THREADS, Ended, Job, WriteBehind
 
 BYTES_MAX = 1000_000
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -28,12 +30,13 @@ def behind() -> Iterator[WriteBehind]:
 class Staged:
     """What is to be written."""
 
-    byte_count: int
+    segment_bytes: int
     write: Callable[[], None]
+    segment: bytes
 
 
-def job(byte_count: int, write: Callable[[], None]) -> Job:
-    return Job(Staged(byte_count, write), None)
+def job(segment_bytes: int, write: Callable[[], None], segment: str = "") -> Job:
+    return Job(Staged(segment_bytes, write, (segment or str(next(NUMBERS))).encode()), None)
 
 
 def wait_ended(behind: WriteBehind, count: int) -> list[Ended]:
@@ -84,6 +87,24 @@ def test_no_more_waits_than_the_bound(behind: WriteBehind) -> None:
     gate.set()
     wait_ended(behind, 1)
     assert behind.offer(job(1, wait))
+    wait_ended(behind, 1)
+
+
+def test_a_segment_counts_as_a_whole_however_little_of_it_waits(behind: WriteBehind) -> None:
+    """It keeps all of its memory. So what belongs to one that waits is taken, and a part of another is not; and it counts until
+    its last part is written."""
+    gates = [threading.Event() for _ in range(2)]
+    whole = BYTES_MAX // 2 + 1
+    first, second = (job(whole, lambda gate=gate: assert_set(gate), "one") for gate in gates)  # type: ignore[misc]
+    assert behind.offer(first)
+    assert behind.offer(second)
+    assert not behind.offer(job(whole, lambda: None, "another"))
+    gates[0].set()
+    assert [ended.job for ended in wait_ended(behind, 1)] == [first]
+    assert not behind.offer(job(whole, lambda: None, "another"))
+    gates[1].set()
+    wait_ended(behind, 1)
+    assert behind.offer(job(whole, lambda: None, "another"))
     wait_ended(behind, 1)
 
 

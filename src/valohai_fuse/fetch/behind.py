@@ -1,9 +1,10 @@
 """Writes behind the readers' backs: what has landed in memory goes to its segment file in threads of the worker.
 
-The disk must not set the pace of a stream, nor may it be owed without bound: no more than `bytes_max` wait here, and what is
-offered beyond is refused. It stays in memory for its readers and is simply not cached, so a disk that is slower than the
-network gets as much as it can take, and the network goes on. What waits is memory that the stream cannot use: the daemon has
-some in addition, or there would be none left to stage in, and the stream would wait for the disk after all.
+The disk must not set the pace of a stream, nor may it be owed without bound: no more than `bytes_max` of segments wait here, and
+what is offered beyond is refused. It stays in memory for its readers and is simply not cached, so a disk that is slower than the
+network gets as much as it can take, and the network goes on. A segment of which any part waits is memory that the stream
+cannot use: the daemon has some in addition, or there would be none left to stage in, and the stream would wait for the disk
+after all.
 
 Nor is a disk waited for that does not answer at all: a job that is not written within PATIENCE_S is *given up*, for its order
 holds a connection, and while its writing has not returned nothing more is taken. What it still writes then, whenever that is,
@@ -22,6 +23,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -38,7 +40,9 @@ _CLOSE_WITHIN_S: Final = 1.0
 class Bytes(Protocol):
     """`transfer.Staged`, as far as it is needed here."""
 
-    byte_count: int
+    segment: bytes
+    """What they are part of, and that counts as a whole: its file's path."""
+    segment_bytes: int
 
     def write(self) -> None:
         """To the disk, and closes. Raises OSError."""
@@ -71,6 +75,8 @@ class WriteBehind:
         self.fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self._waiting: Counter[bytes] = Counter()
+        """How many jobs there are of a segment."""
         self._waiting_bytes = 0
         self._patient: dict[Job, float] = {}
         """The jobs that are waited for, and until when; in order."""
@@ -80,9 +86,12 @@ class WriteBehind:
 
     def offer(self, job: Job) -> bool:
         """Takes the job, unless too much is waiting already, or the disk does not answer. The first one in any case."""
-        if self._given_up or (self._waiting_bytes and self._waiting_bytes + job.staged.byte_count > self.bytes_max):
+        staged = job.staged
+        more = 0 if self._waiting[staged.segment] else staged.segment_bytes
+        if self._given_up or (more and self._waiting_bytes and self._waiting_bytes + more > self.bytes_max):
             return False
-        self._waiting_bytes += job.staged.byte_count
+        self._waiting_bytes += more
+        self._waiting[staged.segment] += 1
         self._patient[job] = time.monotonic() + PATIENCE_S
         if len(self._threads) < min(THREADS, len(self._patient)):
             self._threads.append(threading.Thread(target=self._write_all, name="write-behind", daemon=True))
@@ -99,7 +108,11 @@ class WriteBehind:
         found: list[Ended] = []
         while not self._ended.empty():
             ended = self._ended.get()
-            self._waiting_bytes -= ended.job.staged.byte_count
+            staged = ended.job.staged
+            self._waiting[staged.segment] -= 1
+            if not self._waiting[staged.segment]:
+                del self._waiting[staged.segment]
+                self._waiting_bytes -= staged.segment_bytes
             if self._patient.pop(ended.job, None) is None:
                 self._given_up -= 1
             else:

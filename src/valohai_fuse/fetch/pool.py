@@ -39,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 BEHIND_BYTES = 64 * 1024 * 1024
 """How much may wait in all workers to be written to the disk behind the readers' backs."""
-_BEHIND_BYTES_MIN = 32 * 1024 * 1024
-"""In one of them at least: segments that were begun together end together."""
 _ORDERS_PER_WORKER = 2
 """From this many orders under way on each worker on, another worker is started."""
 _WARM_BONUS = 4
@@ -101,7 +99,7 @@ class WorkerPool:
             ca_file=system_ca_file(),
             extra_ca_file=ca_file,
             has_http_proxy=has_http_proxy(),
-            behind_bytes_max=max(_BEHIND_BYTES_MIN, BEHIND_BYTES // self._workers_max),
+            behind_bytes_max=BEHIND_BYTES // self._workers_max,
         )
         self._hedging = hedging
         self._hosts: LRUCache[str, Hedging] = LRUCache(_HOSTS_MAX)

@@ -20,6 +20,7 @@ from valohai_fuse.fetch import location, response, waits
 from valohai_fuse.fetch.response import Body, Head, Rejected
 from valohai_fuse.fetch.wire import Failed, Landed, Order, text
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
+from valohai_fuse.model.segment import segment_bytes
 from valohai_fuse.ports import FailureKind, ObjectKey
 
 LAND_BYTES: Final = 256 * 1024
@@ -82,14 +83,15 @@ class Landing(Protocol):
 class Staged:
     """Bytes of an order that lie in memory and are to be written to their file. Has to be closed, by `write` at the latest."""
 
-    __slots__ = ("_landing", "_order", "_stop", "_version", "byte_count")
+    __slots__ = ("_landing", "_order", "_stop", "_version", "segment", "segment_bytes")
 
     def __init__(self, order: Order, landing: Landing, version: str, stop: int) -> None:
         self._order = order
         self._landing = landing
         self._version = version
         self._stop = stop
-        self.byte_count = stop - order.start
+        self.segment = order.segment_path
+        self.segment_bytes = segment_bytes(order.size, order.start // SEGMENT_BYTES)
 
     def write(self) -> None:
         """Writes them, in any thread, and closes. Raises OSError."""
