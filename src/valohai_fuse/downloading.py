@@ -211,9 +211,14 @@ def _lock(partial_dir: str) -> int:
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise errors.ValohaiFuseError(f"another download is writing to {os.path.dirname(partial_dir)}") from None
+        target = os.path.dirname(partial_dir)
+        if isinstance(error, BlockingIOError):
+            raise errors.ValohaiFuseError(f"another download is writing to {target}") from None
+        raise errors.ValohaiFuseError(
+            f"{target} cannot be locked: {error.strerror}", hint="name another directory with --to"
+        ) from None
     return descriptor
 
 

@@ -109,7 +109,7 @@ class RuntimeDir:
 
         Does nothing when the record has been replaced by that of a later mount, or was tidied up already.
         """
-        with self.lock():
+        with contextlib.suppress(OSError, ConfigurationError), self.lock():
             if record not in self.records():
                 return
             for directory in reversed(record.made_directories):
@@ -140,7 +140,13 @@ class RuntimeDir:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(os.path.join(self.path, name), flags, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"the runtime directory {self.path} cannot be locked: {error.strerror}",
+                    hint="name one on a local file system with --runtime-dir",
+                ) from None
             yield
         finally:
             os.close(descriptor)
