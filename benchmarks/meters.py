@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Self
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _SAMPLE_EVERY_S = 0.25
+_DISK_QUIET_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,3 +178,21 @@ def drop_page_cache() -> None:
     """Empties the kernel's page cache of what is clean. Raises PermissionError without the privilege."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def wait_disks_quiet(diskstats: Path = Path("/proc/diskstats"), *, within_s: float = 15.0) -> bool:
+    """Writes back what is dirty and waits until no disk has begun or ended anything for _DISK_QUIET_S; False when none of that came.
+
+    What a trial leaves behind (dirty pages, a cache of a GiB that is deleted and whose room is given back to the device) is
+    otherwise the next one's burden.
+    """
+    os.sync()
+    give_up_at_s = time.monotonic() + within_s
+    before = diskstats.read_text()
+    while time.monotonic() < give_up_at_s:
+        time.sleep(_DISK_QUIET_S)
+        now = diskstats.read_text()
+        if now == before:
+            return True
+        before = now
+    return False

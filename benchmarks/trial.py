@@ -80,6 +80,7 @@ def run(bench: Bench, workload: Workload, peer: Peer, *, watch: Watch = contextl
             threads=workload.task["threads"],
         )
         bench.store.warm(workload.files(bench.selection))
+        meters.wait_disks_quiet()
         if peer.kind == "download":
             return _download_trial(bench, workload, peer, place)
         if peer.kind == "plain":
@@ -151,6 +152,7 @@ def _read_trial(
         _read(task, workload.timeout_s)
     bench.store.wait_quiet()
     if workload.state == DROPPED:
+        meters.wait_disks_quiet()
         meters.drop_page_cache()
         bench.store.warm(workload.files(bench.selection) if tree.roots else ())
     log, cpu_before_s = AccessLog(bench.store.log_path), tree.cpu_s()

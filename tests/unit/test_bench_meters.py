@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from benchmarks.meters import AccessLog, PeakMemory, Traffic, Tree, count_traffic, parse_stat, percentile
+from benchmarks.meters import (
+    AccessLog,
+    PeakMemory,
+    Traffic,
+    Tree,
+    count_traffic,
+    parse_stat,
+    percentile,
+    wait_disks_quiet,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,3 +125,24 @@ def test_percentiles_of_a_hundred() -> None:
     assert [percentile(values, s) for s in (0.5, 0.99, 1.0)] == [50, 99, 100]
     with pytest.raises(ValueError, match="no values"):
         percentile([], 0.5)
+
+
+def test_a_trial_begins_when_no_disk_has_anything_to_do(tmp_path: Path) -> None:
+    """Counters that go on changing are waited for, within reason."""
+    diskstats, over = tmp_path / "diskstats", threading.Event()
+    diskstats.write_text("0")
+
+    def work() -> None:
+        number = 0
+        while not over.wait(0.05):
+            number += 1
+            diskstats.write_text(str(number))
+
+    disk = threading.Thread(target=work)
+    disk.start()
+    try:
+        assert not wait_disks_quiet(diskstats, within_s=1)
+    finally:
+        over.set()
+        disk.join()
+    assert wait_disks_quiet(diskstats, within_s=1)
