@@ -181,7 +181,7 @@ def drop_page_cache() -> None:
 
 
 def wait_disks_quiet(diskstats: Path = Path("/proc/diskstats"), *, within_s: float = 15.0) -> bool:
-    """Writes back what is dirty and waits until no disk has begun or ended anything for _DISK_QUIET_S; False when none of that came.
+    """Writes back what is dirty and waits until no disk has begun or ended anything for _DISK_QUIET_S; False when none came.
 
     What a trial leaves behind (dirty pages, a cache of a GiB that is deleted and whose room is given back to the device) is
     otherwise the next one's burden.
