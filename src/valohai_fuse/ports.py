@@ -233,8 +233,8 @@ class BlockStore(Protocol):
 
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """Has the blocks of the segment that holds byte `offset`, which somebody is about to read in order, brought from the
-        disk to memory, from where `read_nowait` gives them, unless they are there. False: that is no use, or cannot be done; read
-        them then."""
+        disk to memory, from where `read_nowait` gives them, unless they are there. False: that is no use, or cannot be done, or
+        some blocks are missing; read, or fetch, them then."""
         ...
 
     def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:

@@ -8,6 +8,8 @@ import pytest
 import trio
 
 from support.engine_rig import MIB, EngineRig, run
+from support.fake_fetcher import Script
+from valohai_fuse.daemon import STAGED_BEHIND_BYTES
 from valohai_fuse.engine.loads import AHEAD_SEGMENTS, PATIENCE_S, READERS_MAX
 from valohai_fuse.engine.objects import Handle
 from valohai_fuse.model.extents import SEGMENT_BYTES
@@ -91,6 +93,49 @@ def test_reads_that_others_of_their_stream_have_overtaken_load_nothing_twice() -
     run_cold(scenario)
 
 
+def test_what_is_loaded_is_not_looked_for_besides() -> None:
+    """To look for what lies ahead is a read of the disk for each segment, while everything else waits. Only the short end, which is
+    not loaded, is looked for as ever."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("a")
+        await read_in_order(rig, handle, stop=SEGMENT_BYTES)
+        rig.store.looked_for.clear()
+        await read_in_order(rig, handle, SEGMENT_BYTES, pause_s=0.01)
+        assert {extent.start // SEGMENT_BYTES for extent in rig.store.looked_for} <= {SEGMENTS}
+
+    run_cold(scenario)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_what_is_cached_ends_the_rest_is_fetched_ahead(whole: bool) -> None:
+    """A load finds that out, six segments before the reader comes there: it waits for the store no more than at the start of
+    what is missing, and each byte is fetched once. The same where half a segment is missing (not `whole`)."""
+    size = 20 * SEGMENT_BYTES + 5000
+    lacking_from = 10 * SEGMENT_BYTES + (0 if whole else SEGMENT_BYTES // 2)
+    lacking_upto = size if whole else 11 * SEGMENT_BYTES
+
+    async def scenario(rig: EngineRig) -> None:
+        content, key = rig.contents["a"], ObjectKey("a", size)
+        rig.store.land(key, 0, content[:lacking_from], '"v1"')
+        if lacking_upto < size:
+            rig.store.land(key, lacking_upto, content[lacking_upto:], '"v1"')
+        rig.store.cold, rig.store.cold_s = True, 0.01
+        rig.store.loadable, rig.store.load_s = True, 0.03
+        rig.fetcher.default = Script(latency_s=1.0)
+        handle = rig.open("a")
+        await read_in_order(rig, handle, stop=lacking_from - SEGMENT_BYTES, pause_s=0.1)
+        assert rig.fetcher.orders, "ahead of the reader"
+        rig.store.cold = False
+        began_t = trio.current_time()
+        await read_in_order(rig, handle, lacking_from - SEGMENT_BYTES, size, pause_s=0.1)
+        pauses_s = (size - lacking_from + SEGMENT_BYTES) / STEP * 0.1
+        assert trio.current_time() - began_t < pauses_s + 1.0
+        assert rig.fetcher.fetched_bytes == lacking_upto - lacking_from
+
+    run(scenario, {"a": size})
+
+
 def test_reads_at_random_and_short_ones_load_nothing() -> None:
     async def scenario(rig: EngineRig) -> None:
         handle = rig.open("a")
@@ -145,10 +190,12 @@ def test_only_so_many_readers_load_and_one_that_ends_makes_room() -> None:
         async with trio.open_nursery() as nursery:
             for handle in handles:
                 nursery.start_soon(read_in_order, rig, handle, 0, 6 * MIB)
-        assert len(rig.store.loads) == READERS_MAX * AHEAD_SEGMENTS
+        loads = len(rig.store.loads)
+        assert loads == AHEAD_SEGMENTS + AHEAD_SEGMENTS + 4, "the memory is shared: the third has less ahead of it"
+        assert (loads + READERS_MAX) * SEGMENT_BYTES <= STAGED_BEHIND_BYTES + 64 * MIB, "of the default readahead"
         await trio.sleep(10)
         await read_in_order(rig, rig.open(names[-1]), stop=6 * MIB)
-        assert len(rig.store.loads) == (READERS_MAX + 1) * AHEAD_SEGMENTS
+        assert len(rig.store.loads) == loads + AHEAD_SEGMENTS
 
     run_cold(scenario, names)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent, block_ceil, block_floor
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, FetchOrder, LandingPlace, NotHere, ObjectKey, Version
 
 
@@ -40,6 +40,8 @@ class FakeBlockStore:
         self.loads: list[int] = []
         """Offsets asked for."""
         self._loaded: set[tuple[ObjectKey, int]] = set()
+        self.looked_for: list[Extent] = []
+        """What `missing` was asked about."""
         self.reads = 0
         self.reads_nowait = 0
         self.full = False
@@ -118,7 +120,7 @@ class FakeBlockStore:
         if not self.loadable or place not in self._segments or self._segments[place].version != version:
             return False
         self._loaded.add(place)
-        return True
+        return len(self._segments[place].blocks) == SEGMENT_BLOCKS
 
     def _read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | NotHere:
         stop = min(extent.stop, key.size)
@@ -139,6 +141,7 @@ class FakeBlockStore:
 
     def missing(self, key: ObjectKey, version: Version, extent: Extent, *, to_keep: bool = False) -> list[Extent]:
         """See `ports.BlockStore`."""
+        self.looked_for.append(extent)
         gaps: list[Extent] = []
         if extent.start >= min(extent.stop, key.size):
             return gaps

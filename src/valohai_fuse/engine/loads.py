@@ -1,8 +1,8 @@
 """Has what a sequential reader of cached bytes comes to soon loaded from the disk into memory, by whole segments.
 
 A stream is worth it once it has read LOAD_RUN_BYTES in order and found the disk's bytes not in memory (COLD); then the
-segments next to come are loaded, AHEAD_SEGMENTS beyond the one that it is in, as long as it goes on. A load that is no use
-(nothing there, or the page cache has it) ends that until the next cold read.
+segments next to come are loaded, AHEAD_SEGMENTS beyond the one that it is in (fewer where three do that), as long as it goes on.
+A load that is no use (not all of it is there, or the page cache has it) ends that until the next cold read.
 
 A reader that catches up with a load waits for it, PATIENCE_S at the most; then all read by themselves, and nothing more is loaded
 until that load has ended: a disk that does not answer gets no more questions from here.
@@ -25,11 +25,12 @@ from valohai_fuse.ports import BlockStore, Version
 log = logging.getLogger(__name__)
 
 LOAD_RUN_BYTES: Final = 4 * 1024 * 1024
-AHEAD_SEGMENTS: Final = 4
+AHEAD_SEGMENTS: Final = 6
+_AHEAD_SEGMENTS_IN_ALL: Final = 12
 _OVERTAKEN_SEGMENTS_MAX: Final = 2
 """So far back may a read be that others of its stream have overtaken (the kernel has several under way) and that memory serves."""
 READERS_MAX: Final = 3
-"""Each has up to five segments in memory, of which the store holds sixteen."""
+"""Each has one segment more in memory than are loaded ahead of it, and the store holds nineteen in all."""
 READER_IDLE_S: Final = 1.0
 """A reader that has paused for so long gives its place up."""
 PATIENCE_S: Final = 1.0
@@ -69,11 +70,15 @@ class Loads:
     def _begin_ahead(self, handle: Handle, read_upto: int, *, overtaken_segments_max: int = 0) -> None:
         obj = handle.object
         index = -(-read_upto // SEGMENT_BYTES)
-        stop = min(index + AHEAD_SEGMENTS, obj.key.size // SEGMENT_BYTES)  # a last one that is short is not worth it
+        ahead = min(AHEAD_SEGMENTS, _AHEAD_SEGMENTS_IN_ALL // len(self._readers | {handle.number: 0.0}))
+        stop = min(index + ahead, obj.key.size // SEGMENT_BYTES)  # a last one that is short is not worth it
         upto = handle.loaded_upto // SEGMENT_BYTES
         if not index <= upto <= index + AHEAD_SEGMENTS + overtaken_segments_max:
             upto = index  # it began elsewhere, or has been overtaken
-        if upto >= stop or obj.version is None or self._overdue or not self._has_place(handle):
+        if upto >= stop:
+            return
+        if obj.version is None or self._overdue or not self._has_place(handle):
+            handle.loaded_upto = 0
             return
         handle.loaded_upto = stop * SEGMENT_BYTES
         for number in range(upto, stop):

@@ -131,7 +131,7 @@ class RemoteObject:
 class Handle:
     """One open file. Reads through it fail once the object's generation has moved on."""
 
-    __slots__ = ("generation", "loaded_upto", "number", "object", "planner")
+    __slots__ = ("generation", "loaded_upto", "number", "object", "planner", "unlooked")
 
     def __init__(self, obj: RemoteObject, window_bytes_max: int, number: int = 0) -> None:
         self.object = obj
@@ -141,6 +141,8 @@ class Handle:
         self.planner = Planner(obj.key.size, window_bytes_max)
         self.loaded_upto = 0
         """Up to where in the object its cached bytes are being loaded into memory; 0: they are not. Belongs to `engine.loads`."""
+        self.unlooked: list[Extent] = []
+        """What was planned ahead of streams while that was so, and nobody has asked the store for yet. Belongs to the reader."""
 
     def check(self) -> None:
         """Raises ObjectChangedError when this handle belongs to a former generation."""

@@ -21,8 +21,8 @@ from valohai_fuse.engine.fill import BackgroundFill, FillLimits
 from valohai_fuse.engine.flights import Flights
 from valohai_fuse.engine.loads import Loads
 from valohai_fuse.engine.objects import Handle, RemoteObject
-from valohai_fuse.model.extents import Extent, align, split_by_segment
-from valohai_fuse.model.readahead import FIRST_READ_BYTES, Plan
+from valohai_fuse.model.extents import SEGMENT_BYTES, Extent, align, split_by_segment
+from valohai_fuse.model.readahead import FIRST_READ_BYTES, STREAMS_MAX, Plan
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import ABSENT, COLD, BlockStore, FileRef, Metrics, NotHere, ObjectKey, Priority
 
@@ -269,12 +269,31 @@ class Reader:
             self._look_ahead(handle.object, handle, plan)
 
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
-        if not plan.ahead and not plan.elsewhere:
+        if not plan.ahead and not plan.elsewhere and not (handle.unlooked and not handle.loaded_upto):
             return
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
-        for extent in (plan.ahead, *plan.elsewhere):
+        wanted = [plan.ahead, *plan.elsewhere]
+        if handle.loaded_upto and not obj.flights:
+            wanted[0] = self._put_off(handle, plan.ahead)
+        elif handle.unlooked:
+            wanted, handle.unlooked = handle.unlooked + wanted, []
+        for extent in wanted:
             if extent:
                 self._begin_ahead(obj, extent)
+
+    def _put_off(self, handle: Handle, ahead: Extent) -> Extent:
+        """Leaves looking at what is `ahead` to those who load it anyway: a file's table, which would have to come from the disk
+        while everything else waits. Returns what is beyond the whole segments, for that they do not load."""
+        size = handle.object.key.size
+        whole_stop = min(ahead.stop, size - size % SEGMENT_BYTES)
+        if ahead.start >= whole_stop:
+            return ahead
+        put_off, start = handle.unlooked, ahead.start
+        if put_off and put_off[-1].stop == start:
+            # What lies further back than a window has been read.
+            start = max(put_off.pop().start, whole_stop - handle.planner.window_bytes_max)
+        handle.unlooked = [*put_off[1 - STREAMS_MAX :], Extent(start, whole_stop)]
+        return Extent(whole_stop, ahead.stop)
 
     def gaps(self, obj: RemoteObject, wanted: Extent, *, to_keep: bool = False) -> list[Extent]:
         """The parts of `wanted` (block-aligned) that the cache lacks, by its tables; all of it while no version is known.
