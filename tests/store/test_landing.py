@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store import landing
+from valohai_fuse.store.huge import HUGE_BYTES, HugePages
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.mappings import KEPT_S, MAPPINGS_MAX
 from valohai_fuse.store.opened import OpenSegment
@@ -396,3 +398,34 @@ def test_the_mapping_of_what_was_given_up_is_not_kept() -> None:
         assert os.pread(fd, 8, segment.DATA_OFFSET) == bytes(8)
     os.close(fd)
     assert mapped_count() == before
+
+
+def test_memory_is_asked_for_before_anything_comes_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the caller's work: it does not wait for the kernel until the bytes are there, and then only for that. What is not a
+    memory segment, or gone, is nobody's business here."""
+    gate, asked = threading.Event(), []
+
+    def collapse(_pages: HugePages, _mapped: memoryview, start: int, stop: int) -> None:
+        assert gate.wait(10)
+        asked.append((start // HUGE_BYTES, stop // HUGE_BYTES))
+
+    monkeypatch.setattr(HugePages, "collapse", collapse)
+    landings = landing.Landings()
+    fd = memfd(DIRECT)
+    log = os.memfd_create("log")
+    os.ftruncate(log, segment.PAGE_BYTES + SEGMENT_BYTES)
+    before = mapped_count()
+    for path in (memory_path(log), "/proc/self/fd/9999", "/nowhere"):
+        landings.expect(path, 0, SEGMENT_BYTES)
+    assert mapped_count() == before
+    landings.expect(memory_path(fd), 0, SEGMENT_BYTES // 2)
+    landings.expect(memory_path(fd), SEGMENT_BYTES // 2, SEGMENT_BYTES)
+    assert asked == []
+    assert mapped_count() == before + 1
+    threading.Timer(0.2, gate.set).start()
+    for nth in range(2):
+        with landings.open(memory_path(fd), DIRECT, 0, "v") as writer:
+            fill(writer, nth * SEGMENT_BYTES // 2, bytes(BLOCK_BYTES))
+        assert sorted(asked) == [(chunk, chunk + 1) for chunk in range(5)]
+    os.close(fd)
+    os.close(log)

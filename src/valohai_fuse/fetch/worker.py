@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import socket
 import sys
@@ -136,6 +137,8 @@ class Worker:
             self._post(Transfer.unsent(order, rejected))
             return
         self._transfers[order.id] = transfer
+        if order.staging_path:
+            self._landings.expect(os.fsdecode(order.staging_path), order.start, order.stop)
         self._look_at_s = min(self._look_at_s, transfer.look_at_s(self._stall_timeout_s))
 
     def _send(self, transfer: Transfer) -> None:

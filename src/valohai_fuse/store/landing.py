@@ -237,6 +237,18 @@ class Landings:
         """As SegmentWriter."""
         return SegmentWriter(path, key, segment_index, version, self._mappings)
 
+    def expect(self, path: str, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the object will be landed in the memory segment at `path` soon: has memory made ready. Raises
+        nothing; what is in the way is met again by `open`."""
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if _is_memory(fd):
+                    base = start - start % SEGMENT_BYTES - segment.DATA_OFFSET
+                    self._mappings.expect(fd, start - base, stop - base, time.monotonic())
+            finally:
+                os.close(fd)
+
     @property
     def due_at_s(self) -> float | None:
         """When `expire` has something to do (`time.monotonic`); None: not before a segment is opened."""
@@ -276,7 +288,7 @@ def _open_memory(path: str, header: bytes) -> int:
     hold another segment: such a thing is recognised, by the memfd's name and the header, and not written to."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        is_it = os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{MEMORY_NAME} ")
+        is_it = _is_memory(fd)
         if is_it:
             found = os.pread(fd, segment.HEADER_BYTES, 0)
             is_it = _are_of_one_segment(found, header)
@@ -289,6 +301,10 @@ def _open_memory(path: str, header: bytes) -> int:
         os.close(fd)
         raise OSError(errno.ESTALE, "the memory segment is gone", path)
     return fd
+
+
+def _is_memory(fd: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{MEMORY_NAME} ")
 
 
 def _are_of_one_segment(found: bytes, own: bytes) -> bool:
