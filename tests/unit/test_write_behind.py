@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from valohai_fuse.daemon import STAGED_BEHIND_BYTES
 from valohai_fuse.fetch.behind import THREADS, Ended, Job, WriteBehind
+from valohai_fuse.fetch.pool import BEHIND_BYTES, WorkerPool
+from valohai_fuse.obs.metrics import Counts
 
 BYTES_MAX = 1000_000
 NUMBERS = itertools.count()
@@ -187,3 +190,10 @@ def test_a_count_that_comes_late_does_not_keep_the_loop_awake(
     assert select.select([behind.fd], [], [], 10)[0]
     assert behind.ended() == []
     assert not select.select([behind.fd], [], [], 0)[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_all_workers_together_owe_no_more_than_there_is_memory_for(workers: int) -> None:
+    """Whatever else the daemon holds for streams is for what is fetched ahead."""
+    pool = WorkerPool(metrics=Counts(), workers=workers)
+    assert 0 < workers * pool._configure.behind_bytes_max <= BEHIND_BYTES < STAGED_BEHIND_BYTES
