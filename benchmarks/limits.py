@@ -22,8 +22,8 @@ nothing, stays behind it as well. It would take a third processor, or a store th
     "files-4": _COLD,
     "seq-warm-kept": """\
 nothing of ours runs, the CPU of the mount is 0. The kernel keeps a FUSE file in single pages and ext4's in large folios, which
-shows where memory is quick: here a file on ext4 was read at 30,000 MB/s, the same on a tmpfs of single pages at 16,000. On a machine with
-slower memory (a plain file at 7,100) the mount reached 0.94 of it. It would take FUSE in large folios.""",
+shows where memory is quick: here a file on ext4 was read at 30,000 MB/s, the same on a tmpfs of single pages at 16,000. On a
+machine with slower memory (a plain file at 7,100) the mount reached 0.94 of it. It would take FUSE in large folios.""",
     "seq-warm-dropped": """\
 each MiB goes through the daemon's one thread: it is asked for, found in what was loaded ahead, verified, and copied into the
 kernel. httpdirfs verifies nothing. FUSE passthrough, which pyfuse3 does not have, would leave all of that to the kernel, but only
