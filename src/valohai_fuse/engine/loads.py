@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LOAD_RUN_BYTES: Final = 4 * 1024 * 1024
 AHEAD_SEGMENTS: Final = 6
 _AHEAD_SEGMENTS_IN_ALL: Final = 12
+"""Of all readers, shared evenly."""
 _OVERTAKEN_SEGMENTS_MAX: Final = 2
 """So far back may a read be that others of its stream have overtaken (the kernel has several under way) and that memory serves."""
 READERS_MAX: Final = 3
