@@ -25,7 +25,7 @@ from benchmarks.peers import OURS, PEERS, Peer, PeerFailedError, Place
 from benchmarks.say import say
 from benchmarks.store import REGION, Store
 from benchmarks.trial import Bench
-from benchmarks.workloads import WORKLOADS, Selection, Workload, select
+from benchmarks.workloads import NEEDS_PYARROW, WORKLOADS, Selection, Workload, select
 
 _QUICK_PEERS = ("valohai-fuse", "rclone", "curl", "plain")
 _WORK_DIR = Path("/var/tmp/valohai-fuse-bench")  # noqa: S108 - on a disk, shared by all checkouts; holds nothing secret
@@ -126,14 +126,19 @@ def _commands(bench: Bench, chosen: list[Peer]) -> dict[str, str]:
     return {name: text for name, text in shown.items() if text}
 
 
-def _run_target(arguments: argparse.Namespace, bench_work: Path, chosen: list[Workload]) -> int:
+def _run_target(
+    arguments: argparse.Namespace, bench_work: Path, chosen: list[Workload], peers_python: Path | None
+) -> int:
     """Measures a directory as it stands. Prints, keeps nothing."""
     target = arguments.target.resolve()
     selection = found.below(target, reads=_QUICK_READS if arguments.quick else _READS)
     with Store(bench_work / "nginx", target) as store:
-        bench = Bench(provision.Tools(None, None), store, selection, {}, bench_work, arguments.quick)
+        tools = provision.Tools(None, peers_python)
+        bench = Bench(tools, store, selection, {}, bench_work, arguments.quick)
         for workload in chosen:
             if workload.task["pattern"] == "mount" or not found.suits(workload, selection):
+                continue
+            if workload.task["pattern"] in NEEDS_PYARROW and peers_python is None:
                 continue
             if workload.profile is not found.representative(workload):
                 continue
@@ -173,7 +178,7 @@ def main(argv: list[str]) -> int:
     with _alone(arguments.work_dir):
         tools = provision.provision(arguments.work_dir)
         if arguments.target:
-            return _run_target(arguments, work, workloads)
+            return _run_target(arguments, work, workloads, tools.peers_python)
         return _run_peers(arguments, work, tools, workloads)
 
 
@@ -186,7 +191,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     provision.spread(work)
     with _alone(_WORK_DIR):
         tools = provision.provision(_WORK_DIR, extra=("perf",))
-        dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
+        dataset = Dataset(work / "data", QUICK if arguments.quick else FULL, tools.peers_python)
         dataset.make()
         selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
         kept_path = work / _KEPT
@@ -214,7 +219,7 @@ def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools
         say("touching the memory of this machine")
         provision.settle_memory()
     say("making the data set")
-    dataset = Dataset(work / "data", QUICK if arguments.quick else FULL)
+    dataset = Dataset(work / "data", QUICK if arguments.quick else FULL, tools.peers_python)
     dataset.make()
     selection: Selection = select(dataset, _QUICK_READS if arguments.quick else _READS)
     kept_path = work / _KEPT
@@ -225,6 +230,9 @@ def _run_peers(arguments: argparse.Namespace, work: Path, tools: provision.Tools
         commands = results.get("commands", {}) | _commands(bench, chosen)
         results |= {"machine": provision.machine(), "versions": provision.versions(tools), "commands": commands}
         for workload in workloads:
+            if workload.task["pattern"] in NEEDS_PYARROW and not selection.table:
+                say(f"{workload.name} is left out: no pyarrow here")
+                continue
             trials = _measure(bench, workload, chosen, arguments.runs)
             if not trials:
                 continue

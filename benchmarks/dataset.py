@@ -8,12 +8,14 @@ of the whole store and one mount per input give the same paths.
 from __future__ import annotations
 
 import os
+import subprocess
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 RAMP_MODULUS = 251
 _RAMP = bytes(range(RAMP_MODULUS))
+_TABLE_MAKER = Path(__file__).with_name("parquet_table.py")
 _CHUNK_BYTES = RAMP_MODULUS * 4096
 """A multiple of the modulus, so that each chunk of a file is the same bytes."""
 
@@ -32,6 +34,10 @@ class Sizes:
     small_bytes: int
     name_count: int
     zip_members: int
+    table_row_groups: int
+    table_columns: int
+    table_chunk_bytes: int
+    """Of one column in one row group."""
 
 
 FULL = Sizes(
@@ -43,6 +49,9 @@ FULL = Sizes(
     small_bytes=100 * 1024,
     name_count=200_000,
     zip_members=400,
+    table_row_groups=32,
+    table_columns=16,
+    table_chunk_bytes=MIB,
 )
 QUICK = Sizes(
     big_bytes=24 * MIB,
@@ -53,6 +62,9 @@ QUICK = Sizes(
     small_bytes=100 * 1024,
     name_count=500,
     zip_members=20,
+    table_row_groups=4,
+    table_columns=4,
+    table_chunk_bytes=MIB // 4,
 )
 
 
@@ -80,10 +92,14 @@ def ramp(start: int, stop: int, phase: int) -> bytes:
 
 
 class Dataset:
-    """The data directory `root` with the sizes `sizes`. `make()` is idempotent; a change of sizes needs another root."""
+    """The data directory `root` with the sizes `sizes`. `make()` is idempotent; a change of sizes needs another root.
 
-    def __init__(self, root: Path, sizes: Sizes) -> None:
+    `pyarrow`: a Python that has it, or there is no table.
+    """
+
+    def __init__(self, root: Path, sizes: Sizes, pyarrow: Path | None = None) -> None:
         self.root = root
+        self._pyarrow = pyarrow
         self.sizes = sizes
         self.big = DataFile("big", "one.bin", sizes.big_bytes, 1)
         self.quarters = tuple(DataFile("quarters", f"{i}.bin", sizes.quarter_bytes, 10 + i) for i in range(4))
@@ -93,10 +109,13 @@ class Dataset:
             DataFile("small", f"{i:06}.bin", sizes.small_bytes, i % RAMP_MODULUS) for i in range(sizes.small_count)
         )
         self.archive = DataFile("archive", "members.zip", 0, None)
+        self.table = DataFile("table", "columns.parquet", 0, None)
 
     def inputs(self) -> dict[str, tuple[DataFile, ...]]:
         """Every input that is read; `names` is only listed and is made apart."""
         archive = DataFile("archive", "members.zip", (self.root / self.archive.path).stat().st_size, None)
+        table_path = self.root / self.table.path
+        tables = [DataFile("table", self.table.name, table_path.stat().st_size, None)] if table_path.exists() else []
         return {
             "big": (self.big,),
             "quarters": self.quarters,
@@ -104,6 +123,7 @@ class Dataset:
             "fresh": self.fresh,
             "small": self.small,
             "archive": (archive,),
+            "table": tuple(tables),
             "names": tuple(
                 DataFile("names", f"{i:06}.bin", self.sizes.small_bytes, None) for i in range(self.sizes.name_count)
             ),
@@ -116,6 +136,7 @@ class Dataset:
         for file in self.fresh:
             self._link(self.root / self.big.path, self.root / file.path)
         self._make_archive()
+        self._make_table()
         self._make_names()
 
     def _make_ramp(self, file: DataFile) -> None:
@@ -141,6 +162,16 @@ class Dataset:
             for i in range(self.sizes.zip_members):
                 stamp = zipfile.ZipInfo(f"member-{i:06}.bin", (2025, 1, 1, 0, 0, 0))
                 archive.writestr(stamp, ramp(0, self.sizes.small_bytes, i % RAMP_MODULUS))
+        unfinished.rename(path)
+
+    def _make_table(self) -> None:
+        path, sizes = self.root / self.table.path, self.sizes
+        if path.exists() or self._pyarrow is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        shape = [sizes.table_row_groups, sizes.table_columns, sizes.table_chunk_bytes]
+        subprocess.run([self._pyarrow, _TABLE_MAKER, unfinished, *map(str, shape)], check=True)
         unfinished.rename(path)
 
     def _make_names(self) -> None:

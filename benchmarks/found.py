@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.dataset import MIB, DataFile
 from benchmarks.store import NEAR, REGION, Profile
-from benchmarks.workloads import Selection, Workload
+from benchmarks.workloads import NAMES_ONLY, Selection, Workload
 
 _SMALL_MAX_BYTES = MIB
 _SMALL_COUNT_MAX = 1000
@@ -36,6 +36,7 @@ def below(target: Path, *, reads: int) -> Selection:
         fresh=tuple(_rooted(large[:33])),
         small=tuple(_rooted(small)),
         archive=tuple(_rooted([f for f in large if f.name.endswith(".zip")][:1])),
+        table=tuple(_rooted([f for f in large if f.name.endswith(".parquet")][:1])),
         names_path=".",
         name_count=count,
         reads=reads,
@@ -49,7 +50,7 @@ def _rooted(files: list[DataFile]) -> list[DataFile]:
 
 def suits(workload: Workload, selection: Selection) -> bool:
     """Whether there is something to read for it."""
-    if workload.task["pattern"] == "find":
+    if workload.task["pattern"] in NAMES_ONLY:
         return selection.name_count > 0
     files = workload.files(selection)
     return len(files) > (1 if workload.task.get("primed") else 0)

@@ -197,11 +197,19 @@ PEERS: tuple[Peer, ...] = (
         "rclone-streams", "mount", _rclone(*_STREAMS), needs="rclone", only=re.compile("seq|files-4|mmap-seq|skip|back")
     ),
     Peer(
-        "rclone-256k", "mount", _rclone(*_SMALL_CHUNKS), needs="rclone", only=re.compile("random|first|stride|head|zip")
+        "rclone-256k",
+        "mount",
+        _rclone(*_SMALL_CHUNKS),
+        needs="rclone",
+        only=re.compile("random|records|first|stride|head|zip|parquet"),
     ),
     Peer("httpdirfs", "mount", _httpdirfs("--cache"), needs="httpdirfs", caches=True),
     Peer(
-        "httpdirfs-nocache", "mount", _httpdirfs(), needs="httpdirfs", only=re.compile("random|first|head|find|stride")
+        "httpdirfs-nocache",
+        "mount",
+        _httpdirfs(),
+        needs="httpdirfs",
+        only=re.compile("random|records|first|head|find|stride|parquet"),
     ),
     Peer("curl", "download", _curl, needs="curl"),
     Peer("aria2c", "download", _aria2c, needs="aria2c"),

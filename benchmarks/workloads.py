@@ -14,6 +14,10 @@ from typing import Any
 from benchmarks.dataset import MIB, DataFile, Dataset
 from benchmarks.store import CAPPED, FAR, NEAR, REGION, TLS, Profile
 
+NAMES_ONLY = frozenset({"find", "ls"})
+"""Patterns that read names and attributes, no bytes."""
+NEEDS_PYARROW = frozenset({"parquet"})
+
 COLD = "cold"
 KEPT = "kept"
 DROPPED = "dropped"
@@ -57,6 +61,7 @@ class Selection:
     fresh: tuple[DataFile, ...]
     small: tuple[DataFile, ...]
     archive: tuple[DataFile, ...]
+    table: tuple[DataFile, ...]
     names_path: str
     name_count: int
     reads: int
@@ -173,13 +178,23 @@ def _scattered() -> list[Workload]:
     return [
         Workload(
             "random-first-1",
-            "the first 200 random reads of 4 KiB of 512 MiB, 20 ms, 1 thread",
-            "half",
+            "the first 200 random reads of 4 KiB of 1 GiB, 20 ms, 1 thread",
+            "big",
             REGION,
-            _half,
+            _big,
             random(4096, 1) | {"count": 200},
             "p50_ms",
             (Target("p50_ms", 25), Target("p99_ms", 60), exact),
+        ),
+        Workload(
+            "records",
+            "100 records of 1,000 bytes of 1 GiB, seek and read of a Python file, 20 ms",
+            "big",
+            REGION,
+            _big,
+            _task("records", block_bytes=1000, count=100),
+            "p50_ms",
+            (Target("p50_ms", 25), Target("p50_ms", 1.0, "best"), exact),
         ),
         Workload(
             "random-4k-1",
@@ -273,6 +288,16 @@ def _scattered() -> list[Workload]:
             _task("zip"),
             "files_s",
             (Target("files_s", 1, "best"),),
+        ),
+        Workload(
+            "parquet-column",
+            "one of 16 columns of a parquet file of 512 MiB, 32 row groups, 20 ms",
+            "table",
+            REGION,
+            lambda s: s.table,
+            _task("parquet"),
+            "elapsed_s",
+            (no_worse, Target("amplification", 4)),
         ),
     ]
 
@@ -387,6 +412,31 @@ def _names() -> list[Workload]:
             listed=False,
             timeout_s=600,
         ),
+        Workload(
+            "ls-cold",
+            "ls -lR of 200,000 files, first time",
+            "names",
+            NEAR,
+            lambda _s: (),
+            _task("ls"),
+            "files_s",
+            (Target("files_s", 3, "best"),),
+            listed=False,
+            timeout_s=600,
+        ),
+        Workload(
+            "ls-warm",
+            "ls -lR again",
+            "names",
+            NEAR,
+            lambda _s: (),
+            _task("ls"),
+            "files_s",
+            (Target("files_s", 1, "best"),),
+            state=KEPT,
+            listed=False,
+            timeout_s=600,
+        ),
         # "idle CPU 0" is read as a thousandth of a processor at the most: a look every five seconds costs 1 to 3 ms.
         Workload(
             "mount-10k",
@@ -424,6 +474,7 @@ def select(dataset: Dataset, reads: int) -> Selection:
         fresh=inputs["fresh"],
         small=inputs["small"],
         archive=inputs["archive"],
+        table=inputs["table"],
         names_path="names",
         name_count=len(inputs["names"]),
         reads=reads,

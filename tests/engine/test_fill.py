@@ -12,8 +12,10 @@ from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
 from valohai_fuse.engine.fill import (
     LINE_IDLE_BYTES,
+    ORDER_BYTES,
     ORDERS_MAX,
     ORDERS_MIN,
+    WINDOW_BYTES_FIRST,
     WINDOW_BYTES_MAX,
     WINDOW_BYTES_MIN,
     FillLimits,
@@ -40,6 +42,13 @@ async def read_at_random(rig: EngineRig, handle: Handle, count: int, *, seed: in
         assert await rig.read(handle, offset, 4096) == content[offset : offset + 4096]
         took_s.append(trio.current_time() - began_t)
     return took_s
+
+
+async def read_side_by_side(rig: EngineRig, handle: Handle, count: int) -> None:
+    """As many as `count` reads anywhere, by two readers."""
+    async with trio.open_nursery() as nursery:
+        for seed in (11, 12):
+            nursery.start_soon(lambda seed: read_at_random(rig, handle, count // 2, seed=seed), seed)
 
 
 async def read_until_it_is_worth_it(rig: EngineRig, handle: Handle) -> None:
@@ -98,14 +107,17 @@ def test_sustained_random_reading_approaches_local_speed() -> None:
     assert max(took_s[GIB]) <= piece_s + 0.001
 
 
-def test_a_short_random_workload_is_not_completed() -> None:
+@pytest.mark.parametrize(("count", "is_alone"), [(5, True), (30, False)])
+def test_a_short_random_workload_is_not_completed(count: int, *, is_alone: bool) -> None:
+    """Of two readers side by side, whose order need not be the program's, it may be longer."""
+
     async def scenario(rig: EngineRig) -> None:
         rig.fetcher.default = LINE
         handle = rig.open("a")
-        await read_at_random(rig, handle, 40)
+        await (read_at_random if is_alone else read_side_by_side)(rig, handle, count)
         await trio.sleep(10)
         assert not ahead(rig)
-        assert rig.fetcher.fetched_bytes <= 40 * 256 * 1024
+        assert rig.fetcher.fetched_bytes <= count * 256 * 1024
         rig.reader.close(handle)
 
     run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
@@ -190,10 +202,11 @@ def test_a_reader_that_turns_to_reading_in_order_ends_it() -> None:
         await trio.sleep(0.1)
         filled = rig.metrics.snapshot()["filled_bytes"]
         await trio.sleep(10)
-        assert rig.metrics.snapshot()["filled_bytes"] == filled < SIZE / 2
+        assert rig.metrics.snapshot()["filled_bytes"] == filled < size / 2
         rig.reader.close(handle)
 
-    run(scenario, {"a": SIZE}, fill=FillLimits(GIB))
+    size = 4 * SIZE
+    run(scenario, {"a": size}, fill=FillLimits(4 * GIB))
 
 
 @pytest.mark.parametrize("trouble", ["no room", "a store that fails"])
@@ -239,7 +252,7 @@ def test_an_unmount_ends_it() -> None:
 
 def test_the_window_grows_while_pieces_come_swiftly_and_shrinks_when_they_queue() -> None:
     window = FillWindow(32)
-    assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MIN, ORDERS_MIN)
+    assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_FIRST, WINDOW_BYTES_FIRST // ORDER_BYTES)
     now_t = 0.0
     for _ in range(40):
         window.note(PIECE_BYTES_MAX, now_t, now_t + 0.03)
@@ -254,6 +267,15 @@ def test_the_window_grows_while_pieces_come_swiftly_and_shrinks_when_they_queue(
         now_t += 1
         window.note(PIECE_BYTES_MAX, now_t, now_t + 0.2)
     assert (window.bytes_max, window.orders_max) == (WINDOW_BYTES_MIN, ORDERS_MIN)
+
+
+@pytest.mark.parametrize(("miss_s", "times"), [(0.03, 4), (0.015, 2)])
+def test_the_window_grows_faster_where_pieces_take_no_longer_than_a_miss(miss_s: float, times: int) -> None:
+    window = FillWindow(32)
+    window.note_miss(miss_s)
+    for _ in range(WINDOW_BYTES_FIRST // MIB):
+        window.note(MIB, 0, 0.04)
+    assert window.bytes_max == times * WINDOW_BYTES_FIRST
 
 
 @pytest.mark.parametrize(("miss_s", "piece_s", "grown"), [(0.02, 0.06, True), (0.02, 0.08, False), (0.1, 0.12, True)])
@@ -281,10 +303,17 @@ def test_what_a_reader_may_have_to_wait_for_is_small_on_a_slow_line(mb_s: int, g
 
 
 @pytest.mark.parametrize(
-    ("connections", "least", "most"), [(4, 1, 2), (8, 2, 4), (16, 4, 8), (32, 4, 16), (128, 4, 16)]
+    ("connections", "least", "first", "most"),
+    [(4, 1, 2, 2), (8, 2, 4, 4), (16, 4, 8, 8), (32, 4, 8, 16), (128, 4, 8, 16)],
 )
-def test_the_window_takes_no_more_than_half_of_the_connections(connections: int, least: int, most: int) -> None:
+def test_the_window_takes_no_more_than_half_of_the_connections(
+    connections: int, least: int, first: int, most: int
+) -> None:
     window = FillWindow(connections)
+    assert window.orders_max == first
+    window.note(1, 0, 0.03)
+    for began_t in range(1, 5):
+        window.note(PIECE_BYTES_MAX, began_t, began_t + 0.2)
     assert window.orders_max == least
     for _ in range(40):
         window.note(PIECE_BYTES_MAX, 0, 0.03)

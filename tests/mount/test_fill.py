@@ -74,3 +74,17 @@ def test_a_directory_whose_files_are_opened_in_no_order_is_completed(mount_input
     (mount,) = mounted.status()["mounts"]
     foreseen = mount["metrics"]["hit_bytes"] / (200 * 20_000)
     assert (foreseen > 0.3) == (option != "0"), foreseen
+
+
+@pytest.mark.timeout(60)
+def test_a_record_that_is_read_through_a_buffered_file_costs_two_blocks(mount_inputs: MountInputs) -> None:
+    """Python's files, and C's, read as much at a time as `st_blksize` says, however little they are asked for."""
+    size = 512 * MIB  # where next to nothing lies beside anything that was read before
+    mounted = mount_inputs({"data": {"a.bin": ramp(size)}}, options=("--background-fill=0",))
+    dice, count = random.Random(3), 40
+    with mounted.path("data", "a.bin").open("rb") as file:
+        for _ in range(count):
+            offset = dice.randrange(size - 1000)
+            file.seek(offset)
+            assert file.read(1000) == mounted.sandbox.expected_bytes("data", "a.bin", offset, offset + 1000)
+    assert mounted.sent_bytes() <= count * 256 * 1024

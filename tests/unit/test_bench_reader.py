@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ _TINY = Sizes(
     small_bytes=3000,
     name_count=7,
     zip_members=3,
+    table_row_groups=3,
+    table_columns=4,
+    table_chunk_bytes=8000,
 )
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
     """A data set of a few hundred kilobytes."""
-    made = Dataset(tmp_path, _TINY)
+    made = Dataset(tmp_path, _TINY, Path(sys.executable))
     made.make()
     return made
 
@@ -107,7 +111,32 @@ def test_zip_members_and_names_are_counted(dataset: Dataset) -> None:
     archive = dataset.inputs()["archive"][0]
     answer = perform(_task("zip", [(str(dataset.root / archive.path), archive.size, None)]))
     assert (answer["files"], answer["bytes"]) == (3, 9000)
-    assert perform(_task("find", [(str(dataset.root / "names"), 7, None)]))["files"] == 7
+    for pattern in ("find", "ls"):
+        assert perform(_task(pattern, [(str(dataset.root / "names"), 7, None)]))["files"] == 7
+
+
+def test_records_are_read_where_they_lie(dataset: Dataset) -> None:
+    """Through a buffered file, and none of it is believed unchecked."""
+    file = dataset.big
+    task = _task("records", [(str(dataset.root / file.path), file.size, file.phase)], block_bytes=1000, count=20)
+    answer = perform(task)
+    assert (answer["bytes"], len(answer["latencies_s"])) == (20_000, 20)
+    with pytest.raises(WrongBytesError, match="wrong bytes at"):
+        perform(task | {"files": [(str(dataset.root / file.path), file.size, 77)]})
+
+
+def test_a_column_is_read_out_of_all_row_groups(dataset: Dataset) -> None:
+    """And its values are looked at."""
+    (table,) = dataset.inputs()["table"]
+    path = dataset.root / table.path
+    assert table.size > 3 * 4 * 8000
+    answer = perform(_task("parquet", [(str(path), table.size, None)]))
+    assert answer["files"] == 1
+    assert 3 * 8000 <= answer["bytes"] <= 3 * 8200  # with a bit for each value that says whether there is one
+    damaged = path.with_name("damaged.parquet")
+    damaged.write_bytes(path.read_bytes().replace(*(value.to_bytes(8, "little") for value in (2 << 40, 3 << 40))))
+    with pytest.raises(WrongBytesError, match="wrong values in column_2"):
+        perform(_task("parquet", [(str(damaged), table.size, None)]))
 
 
 @pytest.mark.parametrize("damage", ["shifted", "zeros", "short"])

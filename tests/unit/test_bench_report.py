@@ -136,7 +136,7 @@ def test_every_peer_has_work_and_ours_has_all() -> None:
         assert any(applies(w, peer) for w in WORKLOADS), peer.name
     ours, plain, curl = (next(p for p in PEERS if p.name == name) for name in (OURS, "plain", "curl"))
     assert all(applies(w, ours) for w in WORKLOADS)
-    assert {w.name for w in WORKLOADS if w.state == COLD and applies(w, plain)} == {"find-cold"}
+    assert {w.name for w in WORKLOADS if w.state == COLD and applies(w, plain)} == {"find-cold", "ls-cold"}
     assert not applies(_BY_NAME["random-4k-1"], curl)
 
 

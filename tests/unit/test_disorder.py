@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 import pytest
 
-from valohai_fuse.model.disorder import DISORDER_MIN, Disorder
+from valohai_fuse.model.disorder import (
+    DISORDER_MIN,
+    DISORDER_MIN_ALONE,
+    SEQUENCES_MIN_ALONE,
+    Disorder,
+)
 
 
 def shows_after(places: Iterable[int]) -> int | None:
@@ -16,7 +21,17 @@ def shows_after(places: Iterable[int]) -> int | None:
     places_so_far = Disorder()
     for number, place in enumerate(places, 1):
         places_so_far.add(place)
-        if number >= 32 and places_so_far.degree >= DISORDER_MIN:
+        if number >= 32 and places_so_far.degree() >= DISORDER_MIN:
+            return number
+    return None
+
+
+def shows_alone_after(places: Iterable[int]) -> int | None:
+    """The same of a reader that never had two of them under way, six at the least."""
+    places_so_far = Disorder()
+    for number, place in enumerate(places, 1):
+        places_so_far.add(place)
+        if number >= 6 and places_so_far.degree(SEQUENCES_MIN_ALONE) >= DISORDER_MIN_ALONE:
             return number
     return None
 
@@ -61,6 +76,21 @@ def test_passes_side_by_side_are_an_order(count: int, *, backwards: bool) -> Non
         assert shows_after(sign * place for place in jittered(count, seed)) is None
 
 
+def test_random_places_of_a_reader_alone_show_within_a_dozen() -> None:
+    found = [shows_alone_after(random.Random(seed).choices(range(10**9), k=300)) for seed in range(100)]
+    assert all(found)
+    assert statistics.median(number for number in found if number) <= 8
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first to last", "last to first"])
+@pytest.mark.parametrize("sign", [1, -1], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 20])
+def test_columns_that_a_reader_alone_takes_in_turns_are_an_order(count: int, sign: int, order: int) -> None:
+    """A batch of rows of each column, then the next one."""
+    turns = [column * 10**6 + row for row in range(500) for column in list(range(count))[::order]]
+    assert shows_alone_after([sign * place for place in turns]) is None
+
+
 def test_one_place_again_and_again_is_an_order() -> None:
     assert shows_after([5] * 1000) is None
 
@@ -70,10 +100,10 @@ def test_a_pass_after_disorder_is_an_order_again() -> None:
     places_so_far = Disorder()
     for place in random.Random(1).choices(range(10**9), k=100):
         places_so_far.add(place)
-    assert places_so_far.degree >= DISORDER_MIN
+    assert places_so_far.degree() >= DISORDER_MIN
     for place in range(200):
         places_so_far.add(10**9 + place)
-    assert places_so_far.degree < DISORDER_MIN
+    assert places_so_far.degree() < DISORDER_MIN
     for place in random.Random(2).choices(range(10**9), k=10_000):
         places_so_far.add(place)
-    assert places_so_far.degree >= DISORDER_MIN
+    assert places_so_far.degree() >= DISORDER_MIN

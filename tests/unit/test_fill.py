@@ -13,6 +13,7 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.model.fill import (
     FAILURES_MAX,
     MISSES_MIN,
+    MISSES_MIN_ALONE,
     PAUSE_S,
     PIECE_BYTES_MAX,
     PIECE_BYTES_MIN,
@@ -32,26 +33,27 @@ GIB = 1024 * MIB
 def read_at_random(
     fill: Fill, misses: int, *, within: Extent | None = None, waited_s: float = 0.02, start_s: float = 0.0
 ) -> float:
-    """So many misses anywhere in `within`, one after the other; returns when the last one ended."""
+    """So many misses anywhere in `within`, by one of several threads; returns when the last one ended."""
     dice = random.Random(5)
     within = within or Extent(0, fill.size)
     now_s = start_s
     for _ in range(misses):
         now_s += waited_s
         start = dice.randrange(within.start, within.stop) // BLOCK_BYTES * BLOCK_BYTES
-        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, now_s)
+        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, now_s, is_alone=False)
     return now_s
 
 
-def misses_until_worth_it(fill: Fill, *, limit: int = 5000, **how: float) -> int:
+def misses_until_worth_it(
+    fill: Fill, *, limit: int = 5000, waited_s: float = 0.02, is_alone: bool = False, seed: int = 5
+) -> int:
     """After how many misses anywhere in the file it is worth completing; `limit` when it never is."""
-    dice = random.Random(5)
+    dice = random.Random(seed)
     for number in range(limit):
         if fill.is_worth_it:
             return number
-        waited_s = how.get("waited_s", 0.02)
         start = dice.randrange(fill.size) // BLOCK_BYTES * BLOCK_BYTES
-        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, number * waited_s)
+        fill.on_miss(start, RANDOM_READ_BYTES, waited_s, number * waited_s, is_alone=is_alone)
     return limit
 
 
@@ -81,6 +83,38 @@ def test_a_short_random_workload_fetches_what_it_reads() -> None:
     assert 120 <= misses_until_worth_it(Fill(513 * MIB, 4 * GIB)) <= 200
     assert MISSES_MIN <= misses_until_worth_it(Fill(512 * MIB, 4 * GIB)) <= 72
     assert MISSES_MIN <= misses_until_worth_it(Fill(30 * MIB, 4 * GIB)) <= 72
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [(30 * MIB, MISSES_MIN_ALONE, 10), (256 * MIB, 16, 20), (512 * MIB, 32, 36)]
+)
+def test_a_reader_alone_shows_sooner_that_there_is_no_order(size: int, least: int, most: int) -> None:
+    """Its misses come in the order of the program. What they must have fetched stays the same; a large file knows no haste."""
+    found = sorted(misses_until_worth_it(Fill(size, 4 * GIB), is_alone=True, seed=seed) for seed in range(20))
+    assert least <= found[0]
+    assert found[10] <= most
+    assert found[-1] <= 40
+    large = Fill(513 * MIB, 4 * GIB)
+    assert misses_until_worth_it(large, is_alone=True) == misses_until_worth_it(Fill(513 * MIB, 4 * GIB))
+
+
+def test_what_tells_where_things_are_is_no_disorder() -> None:
+    """The end of a table, the beginning of a column, the end again, of one column after the other."""
+    fill = Fill(60 * MIB, 4 * GIB)
+    for number, start in enumerate(range(MIB, 59 * MIB, 2 * MIB)):
+        fill.on_miss(60 * MIB - 4096, RANDOM_READ_BYTES, 0.02, number, is_alone=True)
+        fill.on_miss(start, RANDOM_READ_BYTES, 0.02, number + 0.5, is_alone=True)
+        assert not fill.is_worth_it
+
+
+def test_a_second_reader_beside_it_takes_that_back() -> None:
+    fill, now_s = Fill(30 * MIB, 4 * GIB), 0.0
+    for start in (20, 5, 12, 3, 25, 1):
+        now_s += 0.02
+        fill.on_miss(start * MIB, RANDOM_READ_BYTES, 0.02, now_s, is_alone=True)
+    assert fill.is_worth_it
+    fill.on_miss(15 * MIB, RANDOM_READ_BYTES, 0.02, now_s, is_alone=False)
+    assert not fill.is_worth_it
 
 
 def test_a_small_file_is_completed_when_a_third_of_it_was_touched() -> None:
@@ -116,7 +150,7 @@ def test_one_pass_over_a_column_is_not_completed(threads: int) -> None:
         for number, together in enumerate(itertools.zip_longest(*lanes)):
             for start in together:
                 if start is not None:
-                    fill.on_miss(start, 400 * 1024, 0.5, number * 0.5)
+                    fill.on_miss(start, 400 * 1024, 0.5, number * 0.5, is_alone=threads == 1)
                     assert not fill.is_worth_it
 
 
@@ -125,7 +159,7 @@ def test_a_file_that_is_read_all_over_in_sorted_batches_is_completed() -> None:
     fill, dice = Fill(512 * MIB, 4 * GIB), random.Random(2)
     for batch in range(20):
         for start in sorted(dice.randrange(512 * MIB // BLOCK_BYTES) * BLOCK_BYTES for _ in range(32)):
-            fill.on_miss(start, RANDOM_READ_BYTES, 0.02, batch)
+            fill.on_miss(start, RANDOM_READ_BYTES, 0.02, batch, is_alone=False)
     assert fill.is_worth_it
 
 
@@ -153,7 +187,7 @@ def test_the_most_missed_comes_first() -> None:
     fill = Fill(512 * MIB, 4 * GIB)
     now_s = read_at_random(fill, 400)
     for _ in range(50):
-        fill.on_miss(17 * SEGMENT_BYTES, RANDOM_READ_BYTES, 0.02, now_s)
+        fill.on_miss(17 * SEGMENT_BYTES, RANDOM_READ_BYTES, 0.02, now_s, is_alone=False)
     assert [piece.start // SEGMENT_BYTES for piece in ordered(fill, now_s)[: SEGMENT_BYTES // PIECE_BYTES_MIN]] == [
         17
     ] * 4
@@ -174,7 +208,7 @@ def test_it_stops_when_the_pattern_does(ending: str) -> None:
         for _ in range(FAILURES_MAX):
             fill.failed()
     assert fill.piece(now_s) is None
-    fill.on_miss(0, RANDOM_READ_BYTES, 0.02, now_s)
+    fill.on_miss(0, RANDOM_READ_BYTES, 0.02, now_s, is_alone=False)
     assert fill.piece(now_s) is None
 
 
@@ -208,8 +242,9 @@ def test_the_planner_tells_scattered_reads_from_the_others() -> None:
         ),
         max_size=60,
     ),
+    is_alone=st.booleans(),
 )
-def test_bounds_hold_whatever_happens(size: int, bytes_max: int, steps: list[tuple[str, int]]) -> None:
+def test_bounds_hold_whatever_happens(size: int, bytes_max: int, steps: list[tuple[str, int]], is_alone: bool) -> None:
     """Pieces lie within the file and one segment, on segments in which misses fell; never more than `bytes_max` and a piece in
     all, nor before misses have fetched their share of it."""
     fill = Fill(size, bytes_max)
@@ -221,7 +256,7 @@ def test_bounds_hold_whatever_happens(size: int, bytes_max: int, steps: list[tup
             for nth in range(1 if kind == "miss" else 100):
                 start = (value + nth * 7 * BLOCK_BYTES) % size // BLOCK_BYTES * BLOCK_BYTES
                 touched.add(start // SEGMENT_BYTES)
-                fill.on_miss(start, RANDOM_READ_BYTES, 0.2, now_s)
+                fill.on_miss(start, RANDOM_READ_BYTES, 0.2, now_s, is_alone=is_alone)
                 spent += RANDOM_READ_BYTES
         elif kind == "run":
             fill.on_run(value)

@@ -29,12 +29,17 @@ from valohai_fuse.model.readahead import Plan
 from valohai_fuse.ports import Metrics, Priority
 
 ORDERS_MIN = 4
-"""What is left to fetch of a piece are gaps between what was read, half a MiB each and less."""
 ORDERS_MAX = 16
+ORDER_BYTES = 1024 * 1024
+"""There are enough orders for all of the window when they are of so much: what is left to fetch of a piece are gaps between what
+was read."""
 WINDOW_BYTES_MIN = 2 * PIECE_BYTES_MIN
+WINDOW_BYTES_FIRST = 2 * WINDOW_BYTES_MIN
 WINDOW_BYTES_MAX = ORDERS_MAX * PIECE_BYTES_MAX
 _SWIFT_SHARE = 2.0
 """A piece that took no longer than so many times the shortest did not queue."""
+_UNSEEN_SHARE = 1.5
+"""Nor was there any queue at all where one took no longer than so many times a miss: the line bears several times as much."""
 _SLOW_SHARE = 4.0
 _LONGER_S_MAX = 0.05
 """What a piece of PIECE_BYTES_MIN may take longer than a miss, where the next ones are larger: who waits for those waits that long
@@ -69,7 +74,7 @@ class FillWindow:
         self._swiftest_whole_s = float("inf")
         self._miss_s = 0.0
         self._halved_t = 0.0
-        self.bytes_max = WINDOW_BYTES_MIN
+        self.bytes_max = WINDOW_BYTES_FIRST
 
     @property
     def piece_bytes(self) -> int:
@@ -80,7 +85,7 @@ class FillWindow:
     @property
     def orders_max(self) -> int:
         """Half of the connections at the most."""
-        wanted = min(ORDERS_MAX, max(ORDERS_MIN, self.bytes_max // self.piece_bytes))
+        wanted = min(ORDERS_MAX, max(ORDERS_MIN, self.bytes_max // ORDER_BYTES))
         return max(1, min(wanted, self._connections // (4 if wanted == ORDERS_MIN else 2)))
 
     def note_miss(self, waited_s: float) -> None:
@@ -94,7 +99,8 @@ class FillWindow:
         if byte_count >= PIECE_BYTES_MIN:
             self._swiftest_whole_s = min(self._swiftest_whole_s, took_s)
         if took_s <= _SWIFT_SHARE * self._swiftest_s:
-            self.bytes_max = min(WINDOW_BYTES_MAX, self.bytes_max + byte_count)
+            times = 3 if took_s <= _UNSEEN_SHARE * self._miss_s else 1
+            self.bytes_max = min(WINDOW_BYTES_MAX, self.bytes_max + times * byte_count)
         elif took_s > _SLOW_SHARE * self._swiftest_s and began_t >= self._halved_t:
             self.bytes_max = max(WINDOW_BYTES_MIN, self.bytes_max // 2)
             self._halved_t = now_t
@@ -127,15 +133,15 @@ class BackgroundFill:
         if self._is_on:
             flights.ended = self._on_end
 
-    def on_miss(self, obj: RemoteObject, plan: Plan, waited_s: float) -> None:
-        """A read with this plan had to wait for bytes from the store."""
+    def on_miss(self, obj: RemoteObject, plan: Plan, waited_s: float, *, is_alone: bool) -> None:
+        """A read with this plan had to wait for bytes from the store; `is_alone`: no other one of this file did when it began."""
         if not self._is_on or not plan.is_scattered or not obj.handles:
             return
         if obj.fill is None:
             obj.fill = Fill(obj.key.size, self._limits.bytes_max)
         self._window.note_miss(waited_s)
         fetched_bytes = len(plan.demand) + len(plan.ahead)
-        obj.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, trio.current_time())
+        obj.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, trio.current_time(), is_alone=is_alone)
         if obj.fill.is_worth_it:
             self._open.setdefault(obj)
             self._order()

@@ -56,6 +56,7 @@ class RemoteObject:
         "label",
         "last_failure",
         "missing",
+        "scattered_waiting",
         "served",
         "version",
     )
@@ -72,6 +73,8 @@ class RemoteObject:
         self.given_up: list[_GivenUp] = []
         self.fill: Fill | None = None
         """Of a file that is open and read at random: whether to complete it. Belongs to `engine.fill`."""
+        self.scattered_waiting = 0
+        """Reads that continue nothing and wait for bytes from the store."""
         self.served = False
         self.cache_distrusted = False
         """The store contradicted the cache: versions are learnt from responses only."""

@@ -218,13 +218,18 @@ class Reader:
         self._begin_demand(obj, extent, plan, distrust=distrust)
         self._look_ahead(obj, handle, plan)
         flights = self._flights.covering(obj, extent)
-        for flight in flights:
-            self._flights.want(flight, deadline)
-        for flight in flights:
-            await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
-            handle.check()
+        is_alone = not obj.scattered_waiting
+        obj.scattered_waiting += plan.is_scattered
+        try:
+            for flight in flights:
+                self._flights.want(flight, deadline)
+            for flight in flights:
+                await flight.wait_landed(min(extent.stop, flight.extent.stop), deadline)
+                handle.check()
+        finally:
+            obj.scattered_waiting -= plan.is_scattered
         self._metrics.count("miss_bytes", len(extent))
-        self._fill.on_miss(obj, plan, trio.current_time() - began_t)
+        self._fill.on_miss(obj, plan, trio.current_time() - began_t, is_alone=is_alone)
         again = self._look(obj, extent)
         if again is COLD and obj.version is not None:
             again = await self._store.read(obj.key, obj.version, extent)

@@ -17,6 +17,10 @@ SEQUENCES_MIN = 9
 """More than the eight threads with which libraries read one file."""
 DISORDER_MIN = 1.4
 """Of 2: up to eight passes side by side never come to this, places in no order within some dozens."""
+SEQUENCES_MIN_ALONE = 3
+DISORDER_MIN_ALONE = 1.2
+"""The same for a reader that never had two places under way, so is no threads side by side: places in no order come to this
+within a dozen, which three passes taken in turns never do."""
 _SEQUENCES_MAX = 64
 """Told apart, which is enough for 2,000 places; from there on one more is counted to the nearest."""
 
@@ -37,12 +41,11 @@ class Disorder:
         _add(self._ascending, place)
         _add(self._descending, -place)
 
-    @property
-    def degree(self) -> float:
+    def degree(self, sequences_min: int = SEQUENCES_MIN) -> float:
         """How many sequences the places need for the root of their number: about 2 where there is no order, 0 where there may
-        well be one."""
+        well be one, which is where they need fewer than `sequences_min`."""
         sequences = min(len(self._ascending), len(self._descending))
-        if sequences < SEQUENCES_MIN:
+        if sequences < sequences_min:
             return 0.0
         return 2.0 if sequences == _SEQUENCES_MAX else float(sequences / self._count**0.5)
 

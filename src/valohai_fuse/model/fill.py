@@ -13,7 +13,7 @@ One pass over a file, say over a column of it, needs nothing where it has been. 
 - it *comes back*: at least half of the misses lie in segments that were missed before, with other places in between;
 - it jumps *in no order*: its misses make up more ascending sequences, and more descending ones, than threads that each go
   through a part of the file (`model.disorder`). That shows sooner, and less surely, so it counts where the file is small beside
-  `bytes_max`.
+  `bytes_max`. Soonest it shows of a reader that waits for one miss before it comes to the next, so is no threads.
 
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
 touched, or a third, if it is small: a reader that keeps to a part of a file gets that part, and one that touches more than
@@ -29,11 +29,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from valohai_fuse.model.disorder import DISORDER_MIN, Disorder
+from valohai_fuse.model.disorder import DISORDER_MIN, DISORDER_MIN_ALONE, SEQUENCES_MIN, SEQUENCES_MIN_ALONE, Disorder
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 
 MISSES_MIN = 32
 """Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
+MISSES_MIN_ALONE = 6
+MISS_BYTES_ALONE = 16 * 1024 * 1024
+"""Of a reader with never two of them under way, in a small file, it is one for each so many bytes, within MISSES_MIN_ALONE and
+MISSES_MIN: their order is the program's, and it shows sooner."""
 
 SPENT_SHARE_MIN = 1 / 16
 
@@ -45,6 +49,9 @@ RETURN_SHARE_MIN = 1 / 2
 RETURN_DISTANCE = 16
 """Misses elsewhere since the last one in a segment, that make the next one a return (a quarter of the segments, where that is
 less): threads that scan row groups side by side leave a place and are back at once."""
+
+INDEX_BYTES = 1024 * 1024
+"""The end of a file, where archives and tables have what tells where the rest is: to be read between two places is no disorder."""
 
 DISORDER_MIN_BEGUN = 1.0
 """Once begun: then only that is still missed which is not complete yet, and that in the order in which it is completed."""
@@ -88,6 +95,8 @@ class Fill:
     piece_bytes: int = PIECE_BYTES_MIN
     """Of the pieces to come."""
     _misses: int = 0
+    _is_alone: bool = True
+    """No two of the misses were under way at once."""
     _spent_bytes: int = 0
     _waited_s: float = 0.0
     _latest_s: float = 0.0
@@ -106,12 +115,14 @@ class Fill:
     _busy_s: float = 0.0
     _failures: int = 0
 
-    def on_miss(self, start: int, fetched_bytes: int, waited_s: float, now_s: float) -> None:
-        """A read at `start` that continues nothing had to wait for `fetched_bytes`."""
+    def on_miss(self, start: int, fetched_bytes: int, waited_s: float, now_s: float, *, is_alone: bool) -> None:
+        """A read at `start` that continues nothing had to wait for `fetched_bytes`; `is_alone`: no other such one did when it
+        began."""
         if now_s - self._latest_s > PAUSE_S:
             self._begin_anew()
         self._latest_s = now_s
         self._misses += 1
+        self._is_alone &= is_alone
         self._spent_bytes += fetched_bytes
         self._waited_s += min(waited_s, WAIT_S_MAX)
         index = start // SEGMENT_BYTES
@@ -119,7 +130,8 @@ class Fill:
             elsewhere = self._misses - self._latest.get(index, self._misses) - 1
             self._returns += elsewhere >= max(1, min(RETURN_DISTANCE, len(self._touched) // 4))
             self._latest[index] = self._misses
-            self._disorder.add(start)
+            if start < self.size - INDEX_BYTES:
+                self._disorder.add(start)
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
             self._begin_anew()  # wider than what may be bought: as if nothing had been seen
@@ -145,7 +157,7 @@ class Fill:
     def is_worth_it(self) -> bool:
         """Whether the rent has reached the price, by what is known now."""
         return (
-            self._misses >= MISSES_MIN
+            self._misses >= self._misses_min
             and (self._comes_back or (self._is_small and self._is_unordered))
             and self._failures < FAILURES_MAX
             and self._ordered_bytes < self.bytes_max
@@ -188,12 +200,20 @@ class Fill:
         return Extent(start, min(start - start % self.piece_bytes + self.piece_bytes, self.size))
 
     @property
+    def _misses_min(self) -> int:
+        if not (self._is_alone and self._is_small):
+            return MISSES_MIN
+        return min(MISSES_MIN, max(MISSES_MIN_ALONE, self.size // MISS_BYTES_ALONE))
+
+    @property
     def _comes_back(self) -> bool:
         return self._misses >= RETURN_MISSES_MIN and self._returns >= RETURN_SHARE_MIN * self._misses
 
     @property
     def _is_unordered(self) -> bool:
-        return self._disorder.degree >= (DISORDER_MIN_BEGUN if self._ordered_bytes else DISORDER_MIN)
+        sequences_min = SEQUENCES_MIN_ALONE if self._is_alone else SEQUENCES_MIN
+        degree_min = DISORDER_MIN_ALONE if self._is_alone else DISORDER_MIN
+        return self._disorder.degree(sequences_min) >= (DISORDER_MIN_BEGUN if self._ordered_bytes else degree_min)
 
     @property
     def _is_small(self) -> bool:
@@ -231,6 +251,7 @@ class Fill:
     def _begin_anew(self) -> None:
         self._misses = self._returns = self._spent_bytes = 0
         self._latest.clear()
+        self._is_alone = True
         self._disorder = Disorder()
         self._waited_s = 0.0
         self._touched.clear()

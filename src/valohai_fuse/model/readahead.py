@@ -28,8 +28,9 @@ FIRST_READ_BYTES = 1024 * 1024
 RANDOM_READ_BYTES = 128 * 1024
 """The least that a read anywhere else fetches (two blocks): half of the 256 KiB that a random read may cost."""
 
-TRUSTED_RUN_BYTES = 128 * 1024
-"""Read in sequence before anything is fetched ahead: one full request of an untuned kernel."""
+TRUSTED_RUN_BYTES = 192 * 1024
+"""Read in sequence before anything is fetched ahead: two full requests of an untuned kernel, and more than the one that a buffered
+file makes for a record (33 pages)."""
 
 WINDOW_BYTES_MIN = 1024 * 1024
 WINDOW_GROWTH = 2
