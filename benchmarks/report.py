@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from xml.sax.saxutils import escape
 
 from benchmarks import profiling
 from benchmarks.limits import LIMITS
 from benchmarks.peers import OURS, PEERS, PLAIN
-from benchmarks.workloads import UNITS, WORKLOADS, Target, Workload
+from benchmarks.workloads import OWN, UNITS, WORKLOADS, Target, Workload
 
 Trials = dict[str, list[dict[str, Any]]]
 """Peer -> its trials of one workload: metrics, or {"error": reason}."""
@@ -59,8 +60,8 @@ def best_other(trials: Trials, metric: str, *, kind: str = "mount") -> tuple[str
     return (max if more_is_better else min)(found, key=lambda pair: pair[1])
 
 
-def judge(target: Target, trials: Trials) -> Verdict:
-    """Whether ours reaches the target in these trials."""
+def judge(target: Target, trials: Trials, others: Mapping[str, Trials] = MappingProxyType({})) -> Verdict:
+    """Whether ours reaches the target in these trials; `others` are those of other workloads, by name."""
     unit, more_is_better = UNITS[target.metric]
     word = "at least" if more_is_better else "at most"
     ours = median(trials.get(OURS, []), target.metric)
@@ -69,14 +70,17 @@ def judge(target: Target, trials: Trials) -> Verdict:
         reached = None if ours is None else _reaches(ours, target.value, more_is_better)
         return Verdict(text, "-" if ours is None else f"{_number(ours)} {unit}", reached)
     text = f"{unit} {word} {_number(target.value)} x {target.versus}"
-    reference = _reference(target, trials)
+    reference = _reference(target, trials, others)
     if ours is None or reference is None or not reference[1]:
         return Verdict(text, "-", None)
     ratio = ours / reference[1]
     return Verdict(text, f"{ratio:.2f} x {reference[0]}", _reaches(ratio, target.value, more_is_better))
 
 
-def _reference(target: Target, trials: Trials) -> tuple[str, float] | None:
+def _reference(target: Target, trials: Trials, others: Mapping[str, Trials]) -> tuple[str, float] | None:
+    if (target.versus or "").startswith(OWN):
+        value = median(others.get((target.versus or "").removeprefix(OWN), {}).get(OURS, []), target.metric)
+        return None if value is None else (target.versus or "", value)
     if target.versus == "best":
         return best_other(trials, target.metric)
     if target.versus == "leanest cache":
@@ -227,9 +231,13 @@ def _targets(workloads: list[Workload], results: Mapping[str, Any]) -> str:
     lines = []
     for workload in workloads:
         for target in workload.targets:
-            verdict = judge(target, results["workloads"][workload.name]["trials"])
+            verdict = judge(target, results["workloads"][workload.name]["trials"], _trials_by_workload(results))
             lines.append([f"`{workload.name}`", verdict.text, verdict.measured, verdict.mark])
     return _markdown(["workload", "target", "measured", "reached"], lines)
+
+
+def _trials_by_workload(results: Mapping[str, Any]) -> dict[str, Trials]:
+    return {name: entry["trials"] for name, entry in results["workloads"].items()}
 
 
 def _dates(entry: Mapping[str, Any]) -> str:
@@ -256,7 +264,7 @@ def _missed(workloads: list[Workload], results: Mapping[str, Any]) -> list[str]:
     lines, reasons = [], []
     for workload in workloads:
         entry = results["workloads"][workload.name]
-        verdicts = [judge(target, entry["trials"]) for target in workload.targets]
+        verdicts = [judge(target, entry["trials"], _trials_by_workload(results)) for target in workload.targets]
         missed = [verdict for verdict in verdicts if verdict.reached is False]
         if missed:
             shown = [_ceiling(results, workload, floor=floor) for floor in (False, True)]

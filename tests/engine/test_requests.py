@@ -39,3 +39,38 @@ def test_what_is_fetched_for_the_cache_comes_in_whole_segments() -> None:
         assert {len(order.extent) for order in rig.fetcher.orders} == {SEGMENT_BYTES}
 
     run(scenario, {"big": 3 * SEGMENT_BYTES})
+
+
+def test_what_a_reader_waits_for_is_ordered_before_what_is_only_ahead_of_it() -> None:
+    """Also where one read begins both: trio runs new tasks in any order, and the first one gets the connection that is open."""
+
+    async def scenario(rig: EngineRig) -> None:
+        for _ in range(20):
+            handle = rig.open("big")
+            for at in range(0, len(rig.contents["big"]), 4 * SEGMENT_BYTES):
+                before = len(rig.fetcher.orders)
+                await rig.read(handle, at, MIB)
+                demanded = [order for order in rig.fetcher.orders[before:] if order.extent.start == at]
+                assert not demanded or demanded[0] is rig.fetcher.orders[before]
+            assert any(order.priority is Priority.AHEAD for order in rig.fetcher.orders)
+            rig.reader.close(handle)
+            await trio.sleep(1)
+            rig.store.evict(handle.object.key)
+
+    run(scenario, {"big": 16 * SEGMENT_BYTES})
+
+
+@pytest.mark.parametrize(("piece_bytes", "is_staged"), [(MIB, False), (SEGMENT_BYTES // 2, True)])
+def test_small_pieces_of_a_stride_take_no_memory(piece_bytes: int, *, is_staged: bool) -> None:
+    """Each would take a whole segment of it, and be pushed out before it is read."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("big")
+        for at in range(0, len(rig.contents["big"]), 2 * SEGMENT_BYTES):
+            for start in range(at, at + piece_bytes, MIB):
+                await rig.read(handle, start, MIB)
+        foreseen = [order.extent for order in rig.fetcher.orders if order.priority is Priority.AHEAD]
+        assert len(foreseen) >= 8
+        assert {extent in rig.store.staged for extent in foreseen} == {is_staged}
+
+    run(scenario, {"big": 32 * SEGMENT_BYTES})

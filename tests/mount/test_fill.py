@@ -77,7 +77,7 @@ def test_a_directory_whose_files_are_opened_in_no_order_is_completed(mount_input
 
 
 @pytest.mark.timeout(60)
-def test_a_record_that_is_read_through_a_buffered_file_costs_two_blocks(mount_inputs: MountInputs) -> None:
+def test_a_record_read_through_a_buffered_file_costs_256_kib_at_the_most(mount_inputs: MountInputs) -> None:
     """Python's files, and C's, read as much at a time as `st_blksize` says, however little they are asked for."""
     size = 512 * MIB  # where next to nothing lies beside anything that was read before
     mounted = mount_inputs({"data": {"a.bin": ramp(size)}}, options=("--background-fill=0",))

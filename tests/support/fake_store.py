@@ -49,6 +49,8 @@ class FakeBlockStore:
         self.refuses_disk = False
         """True: nothing is granted to what is to be kept on the disk."""
         self.landings = 0
+        self.staged: list[Extent] = []
+        """What was to land in memory, if there is room."""
         """Under way."""
         self.claimed: list[tuple[ObjectKey, Extent]] = []
         self.claimed_by_others: list[tuple[ObjectKey, Extent]] = []
@@ -178,6 +180,8 @@ class FakeBlockStore:
             yield None
             return
         self.landings += 1
+        if staged:
+            self.staged.append(extent)
         try:
             yield LandingPlace(self.segment_path(key, extent.start))
         finally:

@@ -15,7 +15,7 @@ from benchmarks.peers import OURS, PEERS, last_words
 from benchmarks.report import best_other, judge, median, rows
 from benchmarks.store import CAPPED, TLS, configuration, signature
 from benchmarks.trial import applies, metrics_of
-from benchmarks.workloads import COLD, UNITS, WORKLOADS, Target
+from benchmarks.workloads import COLD, OWN, UNITS, WORKLOADS, Target
 
 _BY_NAME = {w.name: w for w in WORKLOADS}
 
@@ -54,6 +54,15 @@ def test_at_most_is_the_other_way_round() -> None:
     assert verdict.reached is True
     assert judge(Target("p50_ms", 25), _trials("p50_ms", valohai_fuse=[26])).reached is False
     assert judge(Target("p50_ms", 25), _trials("p50_ms", rclone=[20])).reached is None
+
+
+def test_one_workload_of_ours_may_be_the_measure_of_another() -> None:
+    """Never another peer's, and nothing where that workload has not been measured."""
+    target = Target("mb_s", 0.8, f"{OWN}seq-region")
+    trials = _trials("mb_s", valohai_fuse=[900], rclone=[1200])
+    verdict = judge(target, trials, {"seq-region": _trials("mb_s", valohai_fuse=[1000], rclone=[2000])})
+    assert (verdict.measured, verdict.reached) == ("0.90 x own seq-region", True)
+    assert judge(target, trials, {"seq-region": _trials("mb_s", rclone=[2000])}).reached is None
 
 
 def test_failures_are_shown_with_their_reason() -> None:
@@ -121,7 +130,11 @@ def _results(trials: report.Trials) -> dict[str, Any]:
 
 def test_every_metric_and_peer_that_is_named_exists() -> None:
     """A misspelt target would be silently unreached for ever."""
-    names = {peer.name for peer in PEERS} | {"best", "leanest cache", None}
+    names = (
+        {peer.name for peer in PEERS}
+        | {"best", "leanest cache", None}
+        | {OWN + workload.name for workload in WORKLOADS}
+    )
     for workload in WORKLOADS:
         assert workload.metric in UNITS
         for target in workload.targets:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, align, split_by_segment
 from valohai_fuse.model.readahead import FIRST_READ_BYTES, RANDOM_READ_BYTES, Plan, Planner
+from valohai_fuse.model.stride import TRIED_PIECES
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -155,12 +156,28 @@ def test_a_stride_that_ends_costs_little() -> None:
 
 
 def test_two_jumps_alike_are_worth_a_try() -> None:
-    """The fourth place is fetched before it is read; in vain it has cost no more than what was read."""
+    """The fourth place is fetched before it is read; in vain it has cost little more than what was read."""
     ledger = Ledger(GIB)
     pieces = [(start, start + MIB) for start in range(18 * MIB, 90 * MIB, 18 * MIB)]
     assert foreseen(ledger, pieces[:3]) == 0
-    assert ledger.fetched_bytes <= 5 * MIB
+    assert ledger.fetched_bytes == (3 + TRIED_PIECES) * MIB
     assert foreseen(ledger, pieces[3:]) == 1
+
+
+def test_a_first_jump_over_as_much_as_was_read_is_worth_one_piece() -> None:
+    """The third place is fetched before it is read. Who reads a header only, comes from elsewhere or has jumped before, jumps for
+    itself."""
+    pieces = [(start, start + MIB) for start in range(0, 90 * MIB, 18 * MIB)]
+    ledger = Ledger(GIB)
+    assert foreseen(ledger, pieces[:2]) == 0
+    assert ledger.fetched_bytes == 3 * MIB
+    assert foreseen(ledger, pieces[2:]) == 3
+    for before in ([(0, 4096)], [(MIB, 2 * MIB)], [(0, MIB), (500 * MIB, 501 * MIB), (300 * MIB, 301 * MIB)]):
+        ledger = Ledger(GIB)
+        foreseen(ledger, before)
+        fetched_bytes = ledger.fetched_bytes
+        assert foreseen(ledger, [(18 * MIB, 19 * MIB)]) == 0
+        assert ledger.fetched_bytes == fetched_bytes + MIB
 
 
 def test_no_window_means_demand_only() -> None:

@@ -245,6 +245,9 @@ class Flights:
         error: errors.ReadError | None = None  # cancelled: a reader that came in the same moment begins anew
         try:
             with flight.scope:
+                if flight.priority is Priority.AHEAD:
+                    # Trio runs what was begun together in any order, and who comes first gets the connection that is open.
+                    await trio.lowlevel.checkpoint()
                 async with sharing.fetched_once(self._store, flight):
                     error = await self._attempts(flight)
         except Exception as bug:  # this edge absorbs bugs: one failed flight, not a dead mount

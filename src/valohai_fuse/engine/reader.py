@@ -116,7 +116,7 @@ class Reader:
         obj = self._object(inode)
         if obj.handles == 0 and not obj.flights and not obj.missing:
             wanted = align(0, min(obj.key.size, FIRST_READ_BYTES), obj.key.size)
-            self._begin_ahead(obj, wanted)
+            self._begin_ahead(obj, wanted, staged=True)
         self._forget(obj)
         return True
 
@@ -277,14 +277,17 @@ class Reader:
         if not plan.ahead and not plan.elsewhere and not (handle.unlooked and not handle.loaded_upto):
             return
         handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
-        wanted = [plan.ahead, *plan.elsewhere]
+        wanted = [plan.ahead]
         if handle.loaded_upto and not obj.flights:
-            wanted[0] = self._put_off(handle, plan.ahead)
+            wanted = [self._put_off(handle, plan.ahead)]
         elif handle.unlooked:
-            wanted, handle.unlooked = handle.unlooked + wanted, []
+            wanted, handle.unlooked = [*handle.unlooked, plan.ahead], []
         for extent in wanted:
             if extent:
-                self._begin_ahead(obj, extent)
+                self._begin_ahead(obj, extent, staged=True)
+        for extent in plan.elsewhere:
+            # In memory a small one would take a whole segment, and few would be there when they are read.
+            self._begin_ahead(obj, extent, staged=len(extent) >= SEGMENT_BYTES // 2)
 
     def _put_off(self, handle: Handle, ahead: Extent) -> Extent:
         """Leaves looking at what is `ahead` to those who load it anyway: a file's table, which would have to come from the disk
@@ -310,12 +313,12 @@ class Reader:
         assert obj.version is not None
         return self._store.missing(obj.key, obj.version, wanted, to_keep=to_keep)
 
-    def _begin_ahead(self, obj: RemoteObject, wanted: Extent) -> None:
+    def _begin_ahead(self, obj: RemoteObject, wanted: Extent, *, staged: bool) -> None:
         # One after the other: a flight claims its blocks, and what another process lands between look and claim comes twice.
         for part in split_by_segment(wanted):
             for gap in self.gaps(obj, part):
                 self._metrics.count("ahead_bytes", len(gap))
-                self._flights.begin(obj, gap, Priority.AHEAD, staged=True)
+                self._flights.begin(obj, gap, Priority.AHEAD, staged=staged)
 
     # --- seeing inside ---
 
