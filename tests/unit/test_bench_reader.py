@@ -134,7 +134,8 @@ def test_a_column_is_read_out_of_all_row_groups(dataset: Dataset) -> None:
     assert answer["files"] == 1
     assert 3 * 8000 <= answer["bytes"] <= 3 * 8200  # with a bit for each value that says whether there is one
     damaged = path.with_name("damaged.parquet")
-    damaged.write_bytes(path.read_bytes().replace(*(value.to_bytes(8, "little") for value in (2 << 40, 3 << 40))))
+    first, wrong = ((column << 40).to_bytes(8, "little") for column in (2, 3))
+    damaged.write_bytes(path.read_bytes().replace(first, wrong))
     with pytest.raises(WrongBytesError, match="wrong values in column_2"):
         perform(_task("parquet", [(str(damaged), table.size, None)]))
 
