@@ -174,15 +174,15 @@ def _column_scan() -> Trace:
     return _sized((*footer, *_pieces(starts, MIB + 128 * KIB)), GIB)
 
 
-def _zip_members() -> Trace:
-    """The directory at the end, then members of 20 to 500 KiB in shuffled order."""
+def _members(size: int) -> Trace:
+    """An archive's directory at the end, then members of 20 to 500 KiB in shuffled order."""
     dice = random.Random(3)
-    reads = [Read(1, 255 * MIB, 64 * KIB), Read(1, 255 * MIB + 64 * KIB, MIB - 64 * KIB)]
-    starts = [member * 512 * KIB for member in range(500)]
+    reads = [Read(1, size - MIB, 64 * KIB), Read(1, size - MIB + 64 * KIB, MIB - 64 * KIB)]
+    starts = [member * 512 * KIB for member in range(size // (512 * KIB) - 12)]
     dice.shuffle(starts)
-    for start in starts:
+    for start in starts[:500]:
         reads += [Read(1, start, 16 * KIB), Read(1, start + 16 * KIB, dice.randrange(1, 120) * 4 * KIB)]
-    return _sized(reads, 256 * MIB)
+    return _sized(reads, size)
 
 
 def _files(count: int) -> Trace:
@@ -202,6 +202,7 @@ MADE: Mapping[str, tuple[str, Callable[[], Trace]]] = {
     "mmap": ("256 MiB mapped, in order, neighbours swapped", _mapped),
     "interleaved": ("four streams of 64 MiB in turn through one handle", _interleaved),
     "column-scan": ("a parquet column: 1 MiB of each 24 MiB, about", _column_scan),
-    "zip": ("members of a zip in shuffled order", _zip_members),
+    "zip": ("members of a zip of 256 MiB in shuffled order", lambda: _members(256 * MIB)),
+    "archive": ("the same, 500 of 100 GiB", lambda: _members(100 * GIB)),
 }
 """Name -> (what it is, how it is made). The same each time."""

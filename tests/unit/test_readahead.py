@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -178,6 +180,46 @@ def test_a_first_jump_over_as_much_as_was_read_is_worth_one_piece() -> None:
         fetched_bytes = ledger.fetched_bytes
         assert foreseen(ledger, [(18 * MIB, 19 * MIB)]) == 0
         assert ledger.fetched_bytes == fetched_bytes + MIB
+
+
+def read_records(ledger: Ledger, sizes: list[int], *, seed: int = 4) -> list[int]:
+    """At each of so many places anywhere 16 KiB, and then what is behind that; how many requests each took."""
+    dice = random.Random(seed)
+    requests = []
+    for size in sizes:
+        before = ledger.requests
+        start = dice.randrange(1, ledger.size // (4 * MIB)) * 4 * MIB + dice.randrange(4096)
+        ledger.read(start, start + 16 * 1024)
+        ledger.read(start + 16 * 1024, start + size)
+        requests.append(ledger.requests - before)
+    return requests
+
+
+def test_records_that_are_read_in_two_steps_are_fetched_in_one() -> None:
+    """Once five of them have shown how long they are; and nothing is fetched ahead of what is no stream."""
+    ledger = Ledger(400 * GIB)
+    assert read_records(ledger, [400 * 1024] * 50) == [2] * 5 + [1] * 45
+    before = ledger.fetched_bytes
+    assert read_records(ledger, [400 * 1024] * 50, seed=5) == [1] * 50
+    assert ledger.fetched_bytes - before <= 50 * (400 + 2 * 64) * 1024
+
+
+def test_one_long_record_among_short_ones_says_nothing() -> None:
+    ledger = Ledger(400 * GIB)
+    read_records(ledger, [20 * 1024] * 20)
+    read_records(ledger, [MIB], seed=6)
+    before = ledger.fetched_bytes
+    read_records(ledger, [20 * 1024] * 20, seed=7)
+    assert ledger.fetched_bytes - before <= 20 * RANDOM_READ_BYTES
+
+
+def test_a_record_reader_that_reads_on_is_a_stream() -> None:
+    """With the window of one: what is ahead of 8 MiB is as much again."""
+    ledger = Ledger(400 * GIB)
+    read_records(ledger, [400 * 1024] * 10)
+    kernel_sequential(ledger, 7 * GIB, 7 * GIB + 8 * MIB)
+    ahead = [block for block in range((7 * GIB + 8 * MIB) // BLOCK_BYTES, 8 * GIB // BLOCK_BYTES) if block in ledger.fetched]
+    assert 8 * MIB <= len(ahead) * BLOCK_BYTES <= 16 * MIB
 
 
 def test_no_window_means_demand_only() -> None:

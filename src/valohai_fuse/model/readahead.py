@@ -17,6 +17,7 @@ Knows nothing of what is cached or in flight; the engine subtracts that.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent, align
@@ -27,6 +28,12 @@ FIRST_READ_BYTES = 1024 * 1024
 
 RANDOM_READ_BYTES = 128 * 1024
 """The least that a read anywhere else fetches (two blocks): half of the 256 KiB that a random read may cost."""
+
+RECORDS_SEEN = 5
+RECORD_BYTES_MAX = 2 * 1024 * 1024
+"""Who reads at new places reads as much at each as at the places before it: a header and then what that says the length of, or a
+chunk. So each such read fetches as much as the second largest of the last RECORDS_SEEN had, up to this: what comes behind the
+header costs no round trip. And whoever does not read on from there is no stream, ahead of which one might fetch."""
 
 TRUSTED_RUN_BYTES = 192 * 1024
 """Read in sequence before anything is fetched ahead: two full requests of an untuned kernel, and more than the one that a buffered
@@ -69,19 +76,22 @@ class _Stream:
     run_bytes: int  # read in sequence so far: the trust it has earned
     planned: int  # everything below is demanded or planned
     used: int  # tick of the last read, for forgetting the oldest
-    stop_expected: int | None = None  # where the pieces of a stride end; passed, it is forgotten
+    is_scattered: bool  # it continues nothing
+    stop_expected: int | None = None  # where the pieces of a stride end, or records; passed, it is forgotten
 
 
 class Planner:
     """The streams of one open file. `size` and `window_bytes_max` in bytes; 0 as window turns looking ahead off."""
 
-    __slots__ = ("_latest", "_size", "_streams", "_stride", "_tick", "window_bytes_max")
+    __slots__ = ("_latest", "_records", "_size", "_streams", "_stride", "_tick", "window_bytes_max")
 
     def __init__(self, size: int, window_bytes_max: int) -> None:
         self._size = size
         self._streams: list[_Stream] = []
         self._stride = Stride(size)
         self._latest: _Stream | None = None
+        self._records: deque[int] = deque(maxlen=RECORDS_SEEN)
+        """How much was read at each of the latest scattered places."""
         self._tick = 0
         self.window_bytes_max = window_bytes_max
 
@@ -113,21 +123,32 @@ class Planner:
         if len(self._streams) >= STREAMS_MAX:
             self._streams.remove(min(self._streams, key=lambda stream: stream.used))
         demand = align(start, stop, self._size)
+        before = 0 if self._latest is None else self._latest.cursor - self._latest.start
+        if self._latest is not None and self._latest.is_scattered:
+            self._records.append(min(before, RECORD_BYTES_MAX))
         if start == 0:
             wanted = min(FIRST_READ_BYTES, self._size)
             whole = Extent(0, max(demand.stop, min(wanted, max(self.window_bytes_max, RANDOM_READ_BYTES))))
         else:
-            whole = align(demand.start, max(demand.stop, demand.start + RANDOM_READ_BYTES), self._size)
+            whole = align(demand.start, max(demand.stop, self._record_stop(demand.start, start)), self._size)
         whole = Extent(whole.start, min(whole.stop, self._size))
-        before = 0 if self._latest is None else self._latest.cursor - self._latest.start
         pieces = self._stride.on_jump(start, before, self.window_bytes_max)
-        self._latest = stream = _Stream(start, stop, stop - start, whole.stop, self._tick)
+        is_scattered = start > 0 and not self._stride.believed
+        self._latest = stream = _Stream(start, stop, stop - start, whole.stop, self._tick, is_scattered)
         self._streams.append(stream)
         if self._stride.believed:
             stream.stop_expected = start + self._stride.piece_bytes
+        elif is_scattered and len(self._records) == RECORDS_SEEN:
+            stream.stop_expected = whole.stop
         elsewhere = tuple(align(piece.start, piece.stop, self._size) for piece in pieces)
-        is_scattered = start > 0 and not self._stride.believed
         return Plan(demand, Extent(demand.stop, whole.stop), elsewhere, stop - start, is_scattered)
+
+    def _record_stop(self, block_start: int, start: int) -> int:
+        """Up to where a read at a new place fetches, `start` lying in the block that begins at `block_start`."""
+        least = block_start + RANDOM_READ_BYTES
+        if len(self._records) < RECORDS_SEEN or self.window_bytes_max <= 0:
+            return least
+        return max(least, start + sorted(self._records)[-2])
 
     def _refill(self, stream: _Stream, demand: Extent) -> Extent:
         planned = max(stream.planned, demand.stop)
@@ -141,7 +162,7 @@ class Planner:
         target = min(stream.cursor + window, self._size)
         if stream.stop_expected is not None:
             if stream.cursor <= stream.stop_expected:
-                return nothing  # a piece of a stride, planned when the stride was
+                return nothing  # a piece of a stride, planned when the stride was, or a record that was fetched at once
             stream.stop_expected = None
         if target < self._size:
             boundary = target - target % SEGMENT_BYTES
