@@ -51,7 +51,8 @@ RETURN_DISTANCE = 16
 less): threads that scan row groups side by side leave a place and are back at once."""
 
 INDEX_BYTES = 1024 * 1024
-"""The end of a file, where archives and tables have what tells where the rest is: to be read between two places is no disorder."""
+"""The end of a file, where archives and tables have what tells where the rest is. Who began there has a file that is made to be read
+here and there; to look there again between two places is no disorder."""
 
 DISORDER_MIN_BEGUN = 1.0
 """Once begun: then only that is still missed which is not complete yet, and that in the order in which it is completed."""
@@ -130,7 +131,7 @@ class Fill:
             elsewhere = self._misses - self._latest.get(index, self._misses) - 1
             self._returns += elsewhere >= max(1, min(RETURN_DISTANCE, len(self._touched) // 4))
             self._latest[index] = self._misses
-            if start < self.size - INDEX_BYTES:
+            if start < self.size - INDEX_BYTES or self._misses == 1:
                 self._disorder.add(start)
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
