@@ -18,7 +18,7 @@ LIMITS: Final[Mapping[str, str]] = {
     "seq-capped": "as `seq-region` once the window is full; until then a connection's own rate bounds each piece of it.",
     "seq-tls": """\
 what the store encrypts is decrypted beside it on the same two processors, and what is wanted is beyond *busy*. curl, which mounts
-nothing, stays behind it as well. It would take a third processor, or a store that is not on this machine.""",
+nothing, is a few per cent away. It would take a third processor, or a store that is not on this machine.""",
     "files-4": _COLD,
     "seq-warm-kept": """\
 nothing of ours runs, the CPU of the mount is 0. The kernel keeps a FUSE file in single pages and ext4's in large folios, which
@@ -29,8 +29,8 @@ each MiB goes through the daemon's one thread: it is asked for, found in what wa
 kernel. httpdirfs verifies nothing. FUSE passthrough, which pyfuse3 does not have, would leave all of that to the kernel, but only
 for files that lie there whole, and it would serve bytes that nobody has verified.""",
     "skip-17m": """\
-the first three places take a third of the time: a connection and a round trip each, before a jump has repeated itself. Larger
-guesses after one jump would cost a reader at random as much for nothing.""",
+the first two places take a third of the time: a connection and a round trip each, before there is a jump. Larger guesses after
+one would cost a reader at random as much for nothing.""",
     "random-4k-8": """\
 the first misses cost a round trip each, until a file has proved worth completing; a peer that fetches all that lies behind each
 read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",

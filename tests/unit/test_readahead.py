@@ -218,7 +218,9 @@ def test_a_record_reader_that_reads_on_is_a_stream() -> None:
     ledger = Ledger(400 * GIB)
     read_records(ledger, [400 * 1024] * 10)
     kernel_sequential(ledger, 7 * GIB, 7 * GIB + 8 * MIB)
-    ahead = [block for block in range((7 * GIB + 8 * MIB) // BLOCK_BYTES, 8 * GIB // BLOCK_BYTES) if block in ledger.fetched]
+    ahead = [
+        block for block in range((7 * GIB + 8 * MIB) // BLOCK_BYTES, 8 * GIB // BLOCK_BYTES) if block in ledger.fetched
+    ]
     assert 8 * MIB <= len(ahead) * BLOCK_BYTES <= 16 * MIB
 
 

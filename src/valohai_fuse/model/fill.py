@@ -51,8 +51,8 @@ RETURN_DISTANCE = 16
 less): threads that scan row groups side by side leave a place and are back at once."""
 
 INDEX_BYTES = 1024 * 1024
-"""The end of a file, where archives and tables have what tells where the rest is. Who began there has a file that is made to be read
-here and there; to look there again between two places is no disorder."""
+"""The end of a file, where archives and tables have what tells where the rest is. Who began there has a file that is made to be
+read here and there; to look there again between two places is no disorder."""
 
 DISORDER_MIN_BEGUN = 1.0
 """Once begun: then only that is still missed which is not complete yet, and that in the order in which it is completed."""
