@@ -306,6 +306,26 @@ def _scattered() -> list[Workload]:
     ]
 
 
+def _scattered_again() -> list[Workload]:
+    """What lies in the caches, read again from the disk."""
+    no_worse = Target("elapsed_s", 1.0, "best")
+
+    def again(
+        name: str, title: str, files: Callable[[Selection], tuple[DataFile, ...]], task: Mapping[str, Any]
+    ) -> Workload:
+        shown = f"{title} again, page cache dropped"
+        input_name = {"random": "half", "zip": "archive", "parquet": "table"}[task["pattern"]]
+        return Workload(name, shown, input_name, NEAR, files, task, "elapsed_s", (no_worse,), state=DROPPED)
+
+    small = _task("random", block_bytes=4096, count=-1)
+    return [
+        again("random-warm-1", "2,000 random reads of 4 KiB of 512 MiB", _half, small),
+        again("random-warm-8", "the same with 8 threads", _half, small | {"threads": 8}),
+        again("zip-warm", "all members of a zip, shuffled,", lambda s: s.archive, _task("zip")),
+        again("parquet-warm", "one of 16 columns of a parquet file", lambda s: s.table, _task("parquet")),
+    ]
+
+
 def _small_files() -> list[Workload]:
     def whole(threads: int) -> dict[str, Any]:
         return _task("whole", threads=threads)
@@ -465,7 +485,7 @@ def _names() -> list[Workload]:
     ]
 
 
-WORKLOADS: tuple[Workload, ...] = (*_sequential(), *_scattered(), *_small_files(), *_names())
+WORKLOADS: tuple[Workload, ...] = (*_sequential(), *_scattered(), *_scattered_again(), *_small_files(), *_names())
 
 
 def select(dataset: Dataset, reads: int) -> Selection:

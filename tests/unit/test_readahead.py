@@ -204,6 +204,16 @@ def test_records_that_are_read_in_two_steps_are_fetched_in_one() -> None:
     assert ledger.fetched_bytes - before <= 50 * (400 + 2 * 64) * 1024
 
 
+def test_a_record_is_bounded_by_the_window() -> None:
+    """To the byte, also where a block at the end of the file is not whole."""
+    planner = Planner(1114115, MIB)
+    for start, length in ((4, 1), (7, 1), (6, 1), (3, 1114112), (2, 1114112), (1, 1)):
+        plan = planner.on_read(start, min(start + length, 1114115))
+        assert len(plan.ahead) <= MIB
+    read_records(ledger := Ledger(400 * GIB, window=0), [400 * 1024] * 10)
+    assert ledger.fetched_bytes <= 10 * (400 + 2 * 128) * 1024
+
+
 def test_one_long_record_among_short_ones_says_nothing() -> None:
     ledger = Ledger(400 * GIB)
     read_records(ledger, [20 * 1024] * 20)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from valohai_fuse.model.extents import SEGMENT_BYTES, Extent, align
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, align
 from valohai_fuse.model.stride import Stride
 
 FIRST_READ_BYTES = 1024 * 1024
@@ -146,9 +146,10 @@ class Planner:
     def _record_stop(self, block_start: int, start: int) -> int:
         """Up to where a read at a new place fetches, `start` lying in the block that begins at `block_start`."""
         least = block_start + RANDOM_READ_BYTES
-        if len(self._records) < RECORDS_SEEN or self.window_bytes_max <= 0:
+        if len(self._records) < RECORDS_SEEN:
             return least
-        return max(least, start + sorted(self._records)[-2])
+        within_window = self.window_bytes_max - BLOCK_BYTES  # for it is rounded up to whole blocks
+        return max(least, start + min(sorted(self._records)[-2], within_window))
 
     def _refill(self, stream: _Stream, demand: Extent) -> Extent:
         planned = max(stream.planned, demand.stop)
