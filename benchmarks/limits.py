@@ -35,6 +35,12 @@ one would cost a reader at random as much for nothing.""",
 the first misses cost a round trip each, until a file has proved worth completing; a peer that fetches all that lies behind each
 read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",
     "zip-random": "as `random-4k-8`: the members of a small archive are misses until it is worth completing.",
+    "random-warm-1": """\
+a block that is on the disk and not in memory is read, and verified, 64 KiB for each 4, in a thread: asking in vain first and the
+two hand-overs are three quarters of the time. What would help is to ask the disk from the loop and look again, where it answers
+within tenths of a millisecond.""",
+    "random-warm-8": "as `random-warm-1`, by one event loop for all readers.",
+    "parquet-warm": "as `random-warm-1`, for each request of the kernel; it varies twofold from round to round.",
     "find-warm": """\
 names and attributes come from the kernel's own cache, and what is wanted is beyond a local directory, too (`plain`). The kernel
 caches no directory listings for pyfuse3, whose handles lack `cache_readdir`; they are what the daemon's CPU goes into.""",
