@@ -36,9 +36,8 @@ the first misses cost a round trip each, until a file has proved worth completin
 read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",
     "zip-random": "as `random-4k-8`: the members of a small archive are misses until it is worth completing.",
     "random-warm-1": """\
-a block that is on the disk and not in memory is read, and verified, 64 KiB for each 4, in a thread: asking in vain first and the
-two hand-overs are three quarters of the time. What would help is to ask the disk from the loop and look again, where it answers
-within tenths of a millisecond.""",
+a block that is on the disk and not in memory is read and verified whole, 64 KiB for each 4, and each read is some 0.3 ms of the
+Python of the daemon's one thread. Less would take a compiled language.""",
     "random-warm-8": "as `random-warm-1`, by one event loop for all readers.",
     "parquet-warm": "as `random-warm-1`, for each request of the kernel; it varies twofold from round to round.",
     "find-warm": """\

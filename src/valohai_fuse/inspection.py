@@ -28,7 +28,8 @@ from valohai_fuse.ports import BlockStore, FileRef, ObjectKey
 from valohai_fuse.settings import Settings
 from valohai_fuse.sources import manifest_file
 from valohai_fuse.sources.local_files import LocalFiles
-from valohai_fuse.store.segments import SegmentStore, StoreStatistics
+from valohai_fuse.store.health import StoreStatistics
+from valohai_fuse.store.segments import SegmentStore
 
 OPEN_FILES_SHOWN = 20
 FILES_PER_BREATH = 200

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 log = logging.getLogger("valohai_fuse.store")
 
@@ -25,6 +26,19 @@ PACE_SHARE = 0.1
 PACE_SAVED_MAX_S = 0.5
 """A disk that hesitates now and then, as all do that write back, is not slow."""
 PACE_DEBT_MAX_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """A moment of the store; `blocks_distrusted` and `disk_errors` count from the start."""
+
+    open_segments: int
+    memory_segments: int
+    memory_bytes: int
+    blocks_distrusted: int
+    disk_well: bool
+    """False: new data goes to memory, of which there is little; reading far ahead only pushes out what is needed."""
+    disk_errors: int = 0
 
 
 class RateLimitedLog:

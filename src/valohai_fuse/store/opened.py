@@ -213,6 +213,11 @@ class OpenSegment:
             return max(0, self._advised_stop - _END_OFFSET)
         return 0
 
+    def ask(self, first: int, byte_count: int) -> None:
+        """Has the kernel fetch these blocks and no more, without waiting for them; raises nothing."""
+        start = segment.DATA_OFFSET + first * BLOCK_BYTES
+        self._have_fetched(start, start + byte_count)
+
     def prepare(self, byte_count: int, *, again: bool = False) -> None:
         """The same before the first read, for a reader that is on its way: table and first `byte_count` bytes. `again`: they may
         have been read and be gone from memory."""

@@ -21,7 +21,6 @@ import resource
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 
 import trio
 
@@ -32,11 +31,12 @@ from valohai_fuse.ports import ABSENT, COLD, FOREIGN, LandingPlace, NotHere, Obj
 from valohai_fuse.store import directory
 from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.claims import Claims
-from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog
+from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog, StoreStatistics
 from valohai_fuse.store.loading import Loading
 from valohai_fuse.store.opened import Run
 from valohai_fuse.store.places import ABANDONED_S, Place, Places
 from valohai_fuse.store.room import Room
+from valohai_fuse.store.soon import SOON_BYTES_MAX, Bytes, Soon
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
 STAGED_BYTES_MIN = 1024 * 1024
@@ -55,19 +55,6 @@ _READ_ATTEMPTS_MAX = 4
 """A bad block or an outdated snapshot sends a read back to looking; in the end it is absent."""
 _LISTING_SEGMENTS_MIN = 32
 """From this many segments on, listing the directory beats asking for each of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStatistics:
-    """A moment of the store; `blocks_distrusted` and `disk_errors` count from the start."""
-
-    open_segments: int
-    memory_segments: int
-    memory_bytes: int
-    blocks_distrusted: int
-    disk_well: bool
-    """False: new data goes to memory, of which there is little; reading far ahead only pushes out what is needed."""
-    disk_errors: int = 0
 
 
 class SegmentStore:
@@ -99,6 +86,8 @@ class SegmentStore:
         self._claims = Claims(cache_dir)
         self._patience_s = patience_s or (SERVED_PATIENCE_S if self._disk.may_hang else PATIENCE_S)
         self._limiter = trio.CapacityLimiter(READING_THREADS)
+        self._monotonic = monotonic
+        self._soon = Soon(possible=not self._disk.may_hang, monotonic=monotonic)
         self._warnings = RateLimitedLog(monotonic)
         self._health = DiskHealth(monotonic)
         self._pace = DiskPace(monotonic)
@@ -150,24 +139,28 @@ class SegmentStore:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def read_nowait(
-        self, key: ObjectKey, version: Version, extent: Extent, *, lend: bool = False
-    ) -> bytes | bytearray | memoryview | NotHere:
+    def read_nowait(self, key: ObjectKey, version: Version, extent: Extent, *, lend: bool = False) -> Bytes | NotHere:
         """The bytes of `extent`, if that needs no waiting for the disk; see `ports.BlockStore`."""
         try:
             return self._read(key, version, extent, nowait=True, lend=lend)
         except BlockingIOError:
             return COLD
 
-    async def read(self, key: ObjectKey, version: Version, extent: Extent) -> bytes | bytearray | memoryview | NotHere:
+    async def read(self, key: ObjectKey, version: Version, extent: Extent) -> Bytes | NotHere:
         """The bytes of `extent`, read in a thread; ABSENT when the disk takes longer than the store's patience."""
         if self._disk.stuck:
             found = self.read_nowait(key, version, extent)
             return ABSENT if found is COLD else found
+        found = await self._read_soon(key, version, extent)
+        if found is not COLD:
+            return found
+        began_s = self._monotonic()
         with trio.move_on_after(self._patience_s):
-            return await trio.to_thread.run_sync(
+            found = await trio.to_thread.run_sync(
                 self.read_blocking, key, version, extent, abandon_on_cancel=True, limiter=self._limiter
             )
+            self._soon.note(self._monotonic() - began_s)
+            return found
         self._warnings.warn("slow", f"the cache disk did not answer for {self._patience_s:g} s; fetching again instead")
         if self._is_stuck():
             return ABSENT  # which is no fault of these segments
@@ -175,9 +168,17 @@ class SegmentStore:
             self._places.fault((key, part.start // SEGMENT_BYTES))
         return ABSENT
 
-    def read_blocking(
-        self, key: ObjectKey, version: Version, extent: Extent
-    ) -> bytearray | memoryview | bytes | NotHere:
+    async def _read_soon(self, key: ObjectKey, version: Version, extent: Extent) -> Bytes | NotHere:
+        """The same without a thread, where that is quicker; COLD where it is not."""
+        if self._soon.is_quick and len(extent) <= SOON_BYTES_MAX:
+            start, stop = block_floor(extent.start), block_ceil(extent.stop, key.size)
+            with contextlib.suppress(BlockingIOError):  # its table is not in memory either
+                runs = self._plan(key, version, start, stop, nowait=True)
+                if not isinstance(runs, NotHere):
+                    return await self._soon.read(runs, lambda: self.read_nowait(key, version, extent))
+        return COLD
+
+    def read_blocking(self, key: ObjectKey, version: Version, extent: Extent) -> Bytes | NotHere:
         """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
 
@@ -192,7 +193,7 @@ class SegmentStore:
 
     def _read(
         self, key: ObjectKey, version: Version, extent: Extent, *, nowait: bool, lend: bool = False
-    ) -> bytes | bytearray | memoryview | NotHere:
+    ) -> Bytes | NotHere:
         start, stop = block_floor(extent.start), block_ceil(extent.stop, key.size)
         if extent.start >= min(extent.stop, key.size):
             return b""
