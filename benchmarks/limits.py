@@ -39,6 +39,8 @@ read has the file sooner, for more than twice the bytes (column fetched/read) an
 a block that is on the disk and not in memory is read and verified whole, 64 KiB for each 4, and each read is some 0.3 ms of the
 Python of the daemon's one thread. Less would take a compiled language.""",
     "random-warm-8": "as `random-warm-1`, by one event loop for all readers.",
+    "stride-warm": "as `random-warm-1`; within what rounds differ by.",
+    "mmap-random-warm": "as `random-warm-1`.",
     "parquet-warm": "as `random-warm-1`, for each request of the kernel; it varies twofold from round to round.",
     "find-warm": """\
 names and attributes come from the kernel's own cache, and what is wanted is beyond a local directory, too (`plain`). The kernel
