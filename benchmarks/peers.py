@@ -4,7 +4,8 @@ A peer is data: how its command line is made for a `Place`, and whether it mount
 files at `place.inputs_dir/<input>/<name>`, so the reader is the same for all. `running` starts one, says when it answers,
 and leaves no mount, process or file behind whatever happens.
 
-Peers that cannot mount a URL with a query string get the same bytes unsigned, from a listing (which ours does without).
+Peers that cannot mount a URL with a query string get the same bytes unsigned, from a listing (which ours does without), or
+from a public bucket.
 """
 
 from __future__ import annotations
@@ -144,6 +145,15 @@ def _httpdirfs(*options: str) -> Callable[[Place], list[str]]:
     return command
 
 
+def _s3fs(place: Place) -> list[str]:
+    place.store.list_bucket(place.input_name, place.files)
+    trust = ["env", f"CURL_CA_BUNDLE={place.ca}"] if place.ca else []
+    located = f"url={place.store.bucket_url(place.profile)},use_path_request_style,public_bucket=1,ro"
+    # Its defaults are 5 parts of 10 MB at once, a listing of 1,000 files and stats that are asked again after 15 minutes.
+    tuned = f"use_cache={place.cache_dir},parallel_count=8,max_stat_cache_size=1000000,stat_cache_expire=3600"
+    return [*trust, "s3fs", place.input_name, str(place.mountpoint), "-f", "-o", f"{located},{tuned}"]
+
+
 def _urls(place: Place) -> list[tuple[str, str]]:
     return [
         (place.store.signed_url(place.profile, file.path), str(place.inputs_dir / file.path)) for file in place.files
@@ -211,6 +221,7 @@ PEERS: tuple[Peer, ...] = (
         needs="httpdirfs",
         only=re.compile("random|records|first|head|find|stride|parquet"),
     ),
+    Peer("s3fs", "mount", _s3fs, needs="s3fs", caches=True),
     Peer("curl", "download", _curl, needs="curl"),
     Peer("aria2c", "download", _aria2c, needs="aria2c"),
     Peer("requests", "download", _requests, needs="peers_python"),

@@ -23,6 +23,7 @@ from benchmarks.say import say
 _APT = {
     "nginx": ["nginx-light", "libnginx-mod-http-lua"],
     "httpdirfs": ["httpdirfs"],
+    "s3fs": ["s3fs"],
     "aria2c": ["aria2"],
     "curl": ["curl"],
     "openssl": ["openssl"],
@@ -110,6 +111,7 @@ def versions(tools: Tools) -> dict[str, str]:
         "valohai-fuse": [sys.executable, "-m", "valohai_fuse", "--version"],
         "rclone": [str(tools.rclone), "version"],
         "httpdirfs": ["httpdirfs", "--version"],
+        "s3fs": ["s3fs", "--version"],
         "curl": ["curl", "--version"],
         "aria2c": ["aria2c", "--version"],
         "nginx": ["nginx", "-v"],

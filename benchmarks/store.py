@@ -2,9 +2,9 @@
 
 One nginx serves the data directory once per profile, each on a port of its own: `/signed/...` wants an unexpired
 `secure_link` signature (ours), `/data/...` the same bytes without one and with a listing (peers that cannot do query
-strings). This kernel has no netem, so distance is a delay before the first byte of each response: one delay for the request
-and, on a new connection, one more for TCP and one more again for TLS, less the time that it has been open. Refusals and
-listings are as far away as data.
+strings), and every input is a public S3 bucket as well (peers that speak S3 only). This kernel has no netem, so distance is a
+delay before the first byte of each response: one delay for the request and, on a new connection, one more for TCP and one
+more again for TLS, less the time that it has been open. Refusals and listings are as far away as data.
 
 The access log is the meter for requests and bytes; it never holds a query string.
 """
@@ -21,7 +21,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,6 +34,8 @@ _MODULES = "/usr/lib/nginx/modules"
 """Debian's place; absolute, for nginx looks below its prefix otherwise."""
 _URL_LIFETIME_S = 24 * 3600
 _QUIET_WITHIN_S = 5.0
+_KEYS_PER_PAGE = 1000
+"""What S3 gives at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,42 @@ def _server(profile: Profile, port: int, root: Path, data: Path) -> str:
             autoindex on;
             alias {data}/;{_LUA}
         }}
+        location ~ ^/(?<bucket>[a-z]+)/?$ {{
+            set $signed 0;
+            root {root}/buckets;
+            default_type application/xml;
+            try_files /$bucket/$arg_marker.xml =404;{_LUA}
+        }}
+        location / {{
+            set $signed 0;
+            root {data};{_LUA}
+        }}
     }}
 """
+
+
+def listing_pages(bucket: str, files: list[DataFile]) -> Iterator[tuple[str, str]]:
+    """(marker, document) of each page of ListObjects, the first marker empty; `files` in the order of their names.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjects.html
+    """
+    marker = ""
+    for start in range(0, max(1, len(files)), _KEYS_PER_PAGE):
+        page = files[start : start + _KEYS_PER_PAGE]
+        more = start + _KEYS_PER_PAGE < len(files)
+        contents = "".join(
+            f"<Contents><Key>{file.name}</Key><Size>{file.size}</Size><LastModified>2025-01-01T00:00:00.000Z</LastModified>"
+            f'<ETag>"{file.size:x}"</ETag><StorageClass>STANDARD</StorageClass></Contents>'
+            for file in page
+        )
+        following = f"<NextMarker>{page[-1].name}</NextMarker>" if more else ""
+        document = (
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<Name>{bucket}</Name><Prefix></Prefix><Marker>{marker}</Marker><MaxKeys>{_KEYS_PER_PAGE}</MaxKeys>"
+            f"<Delimiter>/</Delimiter><IsTruncated>{str(more).lower()}</IsTruncated>{following}{contents}</ListBucketResult>\n"
+        )
+        yield marker, document
+        marker = page[-1].name if page else ""
 
 
 class Store:
@@ -186,6 +222,17 @@ class Store:
     def plain_url(self, profile: Profile, path: str = "") -> str:
         """The unsigned URL of `path`; a directory lists itself."""
         return f"{self._base(profile)}/data/{path}"
+
+    def bucket_url(self, profile: Profile) -> str:
+        """Where S3 clients find every input of `list_bucket` as a public bucket, by path."""
+        return self._base(profile)
+
+    def list_bucket(self, name: str, files: Iterable[DataFile]) -> None:
+        """From now on `GET /name` answers as S3's ListObjects does, `marker` by `marker`."""
+        directory = self.root / "buckets" / name
+        directory.mkdir(parents=True, exist_ok=True)
+        for marker, page in listing_pages(name, sorted(files, key=lambda file: file.name)):
+            (directory / f"{marker}.xml").write_text(page)
 
     def signed_url(self, profile: Profile, path: str, *, lifetime_s: int = _URL_LIFETIME_S) -> str:
         """A URL that nginx serves until `lifetime_s` from now and refuses with 403 after that."""

@@ -9,11 +9,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from benchmarks import cache, found, report
+from benchmarks.dataset import DataFile
 from benchmarks.limits import LIMITS
 from benchmarks.meters import Traffic
 from benchmarks.peers import OURS, PEERS, last_words
 from benchmarks.report import best_other, judge, median, rows
-from benchmarks.store import CAPPED, TLS, configuration, signature
+from benchmarks.store import CAPPED, TLS, configuration, listing_pages, signature
 from benchmarks.trial import applies, metrics_of
 from benchmarks.workloads import COLD, OWN, UNITS, WORKLOADS, Target
 
@@ -178,6 +179,27 @@ def test_the_store_s_log_holds_no_query(tmp_path: Path) -> None:
     assert text.count("ssl_certificate ") == 1
     assert CAPPED.text == "20 ms, 80 MB/s per connection"
     assert TLS.text == "20 ms, TLS"
+
+
+def test_the_store_lists_buckets_page_by_page() -> None:
+    """Each page begins behind the name that the one before gave as the next marker; together they name each file once."""
+    files = [DataFile("names", f"{number:06}.bin", 100 + number, None) for number in range(2500)]
+    pages = dict(listing_pages("names", files))
+    marker, found = "", list[tuple[str, int]]()
+    while True:
+        page = ET.fromstring(pages.pop(marker))
+        space = page.tag.removesuffix("ListBucketResult")
+        assert page.findtext(f"{space}Marker") == marker
+        for entry in page.iter(f"{space}Contents"):
+            name = entry.findtext(f"{space}Key") or ""
+            assert name > marker
+            found.append((name, int(entry.findtext(f"{space}Size") or -1)))
+        if page.findtext(f"{space}IsTruncated") == "false":
+            break
+        marker = page.findtext(f"{space}NextMarker") or ""
+    assert not pages
+    assert found == [(file.name, file.size) for file in files]
+    assert [marker for marker, _ in listing_pages("empty", [])] == [""]
 
 
 def test_a_peer_s_last_words_hold_no_query(tmp_path: Path) -> None:
