@@ -308,7 +308,9 @@ class Simulation:
         if not all(number in file.present for number in _blocks(demand)):
             self._begin(file, _joined(plan), urgent=True)
             self._look_ahead(reader, plan)
-        elif not plan.is_scattered:
+        elif plan.is_scattered:
+            file.fill.on_hit(plan.demand.start, len(plan.demand) + len(plan.ahead))
+        else:
             self._look_ahead(reader, plan)
         awaits = [
             (transfer, min(demand.stop, transfer.extent.stop))

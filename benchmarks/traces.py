@@ -149,7 +149,7 @@ def _pieces(starts: Iterable[int], piece_bytes: int) -> Iterator[Read]:
 
 def _random(piece_bytes: int) -> Trace:
     dice = random.Random(1)
-    return _sized((Read(1, dice.randrange(512 * MIB // 4096) * 4096, piece_bytes) for _ in range(2000)), 513 * MIB)
+    return _sized((Read(1, dice.randrange(512 * MIB // 4096) * 4096, piece_bytes) for _ in range(2000)), 512 * MIB)
 
 
 def _mapped() -> Trace:

@@ -143,8 +143,17 @@ class BackgroundFill:
         self._window.note_miss(waited_s)
         fetched_bytes = len(plan.demand) + len(plan.ahead)
         obj.fill.on_miss(plan.demand.start, fetched_bytes, waited_s, trio.current_time(), is_alone=is_alone)
-        if obj.fill.is_worth_it:
-            self._open.setdefault(obj)
+        self._look_at(obj, obj.fill)
+
+    def on_hit(self, obj: RemoteObject, plan: Plan) -> None:
+        """A read with this plan, which continues nothing, found its bytes."""
+        fill = obj.fill
+        if fill is not None and fill.on_hit(plan.demand.start, len(plan.demand) + len(plan.ahead)):
+            self._look_at(obj, fill)
+
+    def _look_at(self, obj: RemoteObject, fill: Fill) -> None:
+        if obj not in self._open and fill.is_worth_it:
+            self._open[obj] = None
             self._order()
 
     def on_read(self, obj: RemoteObject, plan: Plan) -> None:

@@ -269,7 +269,9 @@ class Reader:
     def _hit(self, handle: Handle, extent: Extent, plan: Plan) -> None:
         """The bytes were cached. What follows a scattered read would come with its request; alone it is not worth one."""
         self._metrics.count("hit_bytes", len(extent))
-        if not plan.is_scattered:
+        if plan.is_scattered:
+            self._fill.on_hit(handle.object, plan)
+        else:
             self._loads.on_hit(handle, extent)
             self._look_ahead(handle.object, handle, plan)
 

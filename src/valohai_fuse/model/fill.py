@@ -3,11 +3,14 @@
 The governing trade-off: each scattered miss costs a round trip for 128 KiB, and a line that could bring a thousand times as
 much lies idle meanwhile; but nobody asked for the rest of the file, and bytes have a price. Whether the reader will go on is
 unknown, so this follows who rents skis until the rent has reached the price of a pair. Rent, since the reader last paused:
-- *bytes*: scattered misses must have fetched 1/16 of what would be fetched, so that a reader who then stops has caused at most
+- *bytes*: scattered misses must have fetched 1/16 of what is fetched for them, so that a reader who then stops has caused at most
   16 times what it had read already; less of a file that is small beside `bytes_max`, 1/128 at the least;
-- *time*: readers must have waited as long as completing takes, at the rate at which that goes. With a store next door a miss
-  is cheap, and nothing is bought. The rate is thought to be a fast line's until the first pieces have shown what it is: to
-  find that out costs a few MiB, to wait for longer than need be costs a reader its time.
+- *time*: readers must have waited half as long as fetching that takes, at the rate at which that goes, and as long as their own
+  bytes took on top of it. So with a store next door, or on a line that misses keep busy, little is bought. The rate is thought to
+  be a fast line's until the first pieces have shown what it is: to find that out costs a few MiB, to wait for longer than need
+  be costs a reader its time.
+A read that finds its bytes where the fill has been would have missed them: it pays the rent that it has been saved. A small file
+is bought in instalments, each as soon as there is rent for it; of a larger one, the rent must first have come to the whole price.
 
 One pass over a file, say over a column of it, needs nothing where it has been. Two things tell another reader from that:
 - it *comes back*: at least half of the misses lie in segments that were missed before, with other places in between;
@@ -16,9 +19,9 @@ One pass over a file, say over a column of it, needs nothing where it has been. 
   `bytes_max`. Soonest it shows of a reader that waits for one miss before it comes to the next, so is no threads.
 
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
-touched, or a third, if it is small: a reader that keeps to a part of a file gets that part, and one that touches more than
-`bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is
-readahead's business and starts the account anew; so does a pause.
+touched, or an eighth, if it is small, as long as misses fall into them as often as chance would have it: a reader that keeps to a
+part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never
+cost more than those reads. A run of reads in order is readahead's business and starts the account anew; so does a pause.
 
 Pure: times are given, in seconds of any clock. Knows nothing of what is cached or in flight; who carries a piece out subtracts
 that and says when there is nothing left to order of it.
@@ -35,9 +38,7 @@ from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 MISSES_MIN = 32
 """Scattered misses before anything else is looked at: opening an archive or a model takes some dozens."""
 MISSES_MIN_ALONE = 6
-MISS_BYTES_ALONE = 16 * 1024 * 1024
-"""Of a reader with never two of them under way, in a small file, it is one for each so many bytes, within MISSES_MIN_ALONE and
-MISSES_MIN: their order is the program's, and it shows sooner."""
+"""Of a reader with never two of them under way, in a small file: their order is the program's, and it shows sooner."""
 
 SPENT_SHARE_MIN = 1 / 16
 
@@ -59,7 +60,11 @@ DISORDER_MIN_BEGUN = 1.0
 
 WHOLE_SHARE_MIN = 3 / 4
 """Of a file's segments touched: from then on it is read all over, and its other segments are wanted as well."""
-WHOLE_SHARE_MIN_SMALL = 1 / 3
+WHOLE_SHARE_MIN_SMALL = 1 / 8
+HITS_MAX = 4.0
+HITS_MIN = 8
+"""A reader that has found its bytes HITS_MIN times in a row, and HITS_MAX times as often as one that reads all over the file would,
+keeps to what is complete by now."""
 
 PIECE_BYTES_MIN = 2 * 1024 * 1024
 """Ordered at once: a read that falls into a piece under way waits for it, so it must not take much longer than a miss."""
@@ -75,13 +80,13 @@ RUN_BYTES_MAX = SEGMENT_BYTES
 WAIT_S_MAX = 0.5
 """What one miss may count for: an outage is no reason to fetch more."""
 
+RENT_TIMES = 2.0
+"""So many times as long as readers waited may take what is bought for it: they go on waiting while it comes."""
+
 RATE_BYTES_S = 800e6
 """Assumed until something was fetched: a host with 10 Gbit/s, in the store's region."""
 MEASURED_BYTES = 16 * 1024 * 1024
 """The rate is that at which about so many came lately; of the first ones fewer are under way than the line bears."""
-MISJUDGED_MAX = 4
-"""Once begun, it is not ended by a rate somewhat below the assumed one, only by a line that makes the price this many times the
-rent: with both halves of a decision wrong one pays for both."""
 
 FAILURES_MAX = 3
 """No room, no access, a store in trouble: readers have their retries, what nobody asked for has none."""
@@ -98,6 +103,8 @@ class Fill:
     _misses: int = 0
     _is_alone: bool = True
     """No two of the misses were under way at once."""
+    _hits: int = 0
+    """Since the last miss."""
     _spent_bytes: int = 0
     _waited_s: float = 0.0
     _latest_s: float = 0.0
@@ -111,6 +118,8 @@ class Fill:
     _current: Extent | None = None
     _ordered_bytes_current: int = 0
     _ordered_bytes: int = 0
+    _ordered_bytes_paid: int = 0
+    """Those of them for which there was other rent, before the reader paused."""
     _landed_bytes: float = 0.0
     """Lately, and while pieces were under way for `_busy_s`."""
     _busy_s: float = 0.0
@@ -123,6 +132,7 @@ class Fill:
             self._begin_anew()
         self._latest_s = now_s
         self._misses += 1
+        self._hits = 0
         self._is_alone &= is_alone
         self._spent_bytes += fetched_bytes
         self._waited_s += min(waited_s, WAIT_S_MAX)
@@ -136,6 +146,18 @@ class Fill:
             self._touched[index] = self._touched.get(index, 0) + 1
         else:
             self._begin_anew()  # wider than what may be bought: as if nothing had been seen
+
+    def on_hit(self, start: int, byte_count: int) -> bool:
+        """A read at `start` that continues nothing found its bytes, or `byte_count` would have been fetched. Whether it counts: the
+        fill has been there, and has more to do."""
+        self._hits += 1
+        index = start // SEGMENT_BYTES
+        is_current = self._current is not None and index == self._current.start // SEGMENT_BYTES
+        if not self._misses or not (is_current or index in self._complete) or len(self._complete) >= len(self._wanted):
+            return False
+        self._waited_s += self._waited_s * byte_count / self._spent_bytes
+        self._spent_bytes += byte_count
+        return True
 
     def on_run(self, run_bytes: int) -> None:
         """A read that continues a stream, of which `run_bytes` were read in order by now."""
@@ -156,15 +178,14 @@ class Fill:
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether the rent has reached the price, by what is known now."""
+        """Whether there is rent for more, by what is known now."""
         return (
             self._misses >= self._misses_min
             and (self._comes_back or (self._is_small and self._is_unordered))
             and self._failures < FAILURES_MAX
             and self._ordered_bytes < self.bytes_max
             and self._wanted_bytes <= self.bytes_max
-            and self._spent_bytes >= self._spent_share_min * self._wanted_bytes
-            and self._waited_s * (MISJUDGED_MAX if self._ordered_bytes else 1) >= self._left_bytes / self._rate_bytes_s
+            and self._is_paid
         )
 
     def piece(self, now_s: float) -> Extent | None:
@@ -204,7 +225,7 @@ class Fill:
     def _misses_min(self) -> int:
         if not (self._is_alone and self._is_small):
             return MISSES_MIN
-        return min(MISSES_MIN, max(MISSES_MIN_ALONE, self.size // MISS_BYTES_ALONE))
+        return MISSES_MIN_ALONE
 
     @property
     def _comes_back(self) -> bool:
@@ -233,7 +254,12 @@ class Fill:
         """The segments to complete."""
         all_of_them = range(-(-self.size // SEGMENT_BYTES))
         share_min = WHOLE_SHARE_MIN_SMALL if self._is_small else WHOLE_SHARE_MIN
-        is_whole = self.size <= self.bytes_max and len(self._touched) >= share_min * len(all_of_them)
+        complete, hits_beyond_chance = len(self._complete), max(0, self._hits - HITS_MIN)
+        is_whole = (
+            self.size <= self.bytes_max
+            and len(self._touched) >= share_min * len(all_of_them)
+            and hits_beyond_chance * (len(all_of_them) - complete) <= HITS_MAX * complete
+        )
         return all_of_them if is_whole else self._touched.keys()
 
     @property
@@ -241,8 +267,12 @@ class Fill:
         return min(len(self._wanted) * SEGMENT_BYTES, self.size)
 
     @property
-    def _left_bytes(self) -> int:
-        return min((len(self._wanted) - len(self._complete)) * SEGMENT_BYTES, self.size)
+    def _is_paid(self) -> bool:
+        for_bytes = self._spent_bytes / self._spent_share_min
+        for_time = RENT_TIMES * (self._waited_s * self._rate_bytes_s - self._spent_bytes)
+        if not self._is_small and for_bytes < self._wanted_bytes:
+            return False
+        return self._ordered_bytes - self._ordered_bytes_paid < min(for_bytes, for_time)
 
     @property
     def _rate_bytes_s(self) -> float:
@@ -255,6 +285,7 @@ class Fill:
         self._is_alone = True
         self._disorder = Disorder()
         self._waited_s = 0.0
+        self._ordered_bytes_paid = self._ordered_bytes
         self._touched.clear()
         self._complete.clear()
         self._current, self._ordered_bytes_current = None, 0
