@@ -36,6 +36,8 @@ from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 from valohai_fuse.model.tree import Inode
 from valohai_fuse.ports import COLD, FileRef, NotHere, ObjectKey
 from valohai_fuse.store import upkeep
+from valohai_fuse.store.calls import DiskCalls
+from valohai_fuse.store.directory import Home
 from valohai_fuse.store.evictor import Evictor, scan
 from valohai_fuse.store.landing import Landings, SegmentWriter
 from valohai_fuse.store.room import Room
@@ -134,7 +136,7 @@ def _passes(cache_dir: str, count: int) -> tuple[float, float, int]:
 def _small(root: Path, count: int, runs: int) -> list[Row]:
     cache_dir = str(root / "small")
     home = Path(cache_dir, segment.FORMAT_DIRECTORY)
-    store = SegmentStore(cache_dir)
+    store, files = SegmentStore(cache_dir), Home(cache_dir, DiskCalls(may_hang=False))
     data = os.urandom(SMALL_BYTES)
     for fan_out in range(256):
         (home / f"{fan_out:02x}").mkdir(0o700)
@@ -148,7 +150,7 @@ def _small(root: Path, count: int, runs: int) -> list[Row]:
     def land() -> None:
         for number in numbers:
             key = ObjectKey(f"datum:{number}", SMALL_BYTES)
-            with SegmentWriter(store.segment_path(key, 0), key, 0, "v") as writer:
+            with SegmentWriter(_segment_path(files, key, 0), key, 0, "v") as writer:
                 writer.land(0, data)
 
     plain_rates, rates = [], []
@@ -215,10 +217,17 @@ def _read_store(cache_dir: str, key: ObjectKey) -> None:
     trio.run(read)
 
 
-def _land_to_keep(store: SegmentStore, key: ObjectKey, data: bytes) -> None:
+def _segment_path(home: Home, key: ObjectKey, start: int) -> str:
+    digest = segment.object_digest(key.stable_id, key.size).hex()
+    path = os.path.join(home.path, segment.segment_name(digest, start // SEGMENT_BYTES))
+    home.make_fan_out(os.path.dirname(path))
+    return path
+
+
+def _land_to_keep(home: Home, key: ObjectKey, data: bytes) -> None:
     """As `prefetch` does: into the file."""
     for start in range(0, key.size, SEGMENT_BYTES):
-        with SegmentWriter(store.segment_path(key, start), key, start // SEGMENT_BYTES, "v") as writer:
+        with SegmentWriter(_segment_path(home, key, start), key, start // SEGMENT_BYTES, "v") as writer:
             for at in range(0, SEGMENT_BYTES, MIB):
                 writer.land(start + at, data[at : at + MIB])
 
@@ -247,7 +256,7 @@ def _stream(root: Path, size: int, runs: int) -> list[Row]:
     store = SegmentStore(cache_dir)
     key, data = ObjectKey("datum:stream", size), os.urandom(SEGMENT_BYTES)
 
-    _, prefetch_cpu_s = _timed(lambda: _land_to_keep(store, key, data))
+    _, prefetch_cpu_s = _timed(lambda: _land_to_keep(Home(cache_dir, DiskCalls(may_hang=False)), key, data))
     for found in scan(cache_dir):
         os.unlink(os.path.join(cache_dir, segment.FORMAT_DIRECTORY, found.name))
     trio.run(_land_behind, store, key, data, False)  # memory's first touch is nobody's

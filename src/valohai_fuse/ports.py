@@ -247,10 +247,6 @@ class BlockStore(Protocol):
         """The version that the segment holding byte `offset` was written with; None when there is no such segment."""
         ...
 
-    def segment_path(self, key: ObjectKey, offset: int) -> str:
-        """Where a worker lands the segment that holds byte `offset`; directories made as needed."""
-        ...
-
     def landing(
         self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
     ) -> AbstractAsyncContextManager[LandingPlace | None]:

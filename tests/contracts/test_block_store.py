@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from support.fake_store import FakeBlockStore
+from support.segment_paths import segment_path
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, split_by_segment
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, BlockStore, FetchOrder, Lease, NotHere, ObjectKey, Version
 from valohai_fuse.store.landing import SegmentWriter
@@ -31,6 +32,10 @@ class Rig(Protocol):
         """Makes the blocks present that `data` holds, over any number of segments."""
         ...
 
+    def path(self, key: ObjectKey, offset: int) -> str:
+        """Where the segment that holds byte `offset` would land now."""
+        ...
+
 
 class RealRig:
     def __init__(self, cache_dir: Path) -> None:
@@ -39,9 +44,11 @@ class RealRig:
 
     def land(self, key: ObjectKey, offset: int, data: bytes, version: Version) -> None:
         for part in split_by_segment(Extent(offset, offset + len(data))):
-            path, index = self.store.segment_path(key, part.start), part.start // SEGMENT_BYTES
-            with SegmentWriter(path, key, index, version) as writer:
+            with SegmentWriter(self.path(key, part.start), key, part.start // SEGMENT_BYTES, version) as writer:
                 writer.land(part.start, data[part.start - offset : part.stop - offset])
+
+    def path(self, key: ObjectKey, offset: int) -> str:
+        return segment_path(self.real, key, offset)
 
 
 class MemoryRig(RealRig):
@@ -49,7 +56,7 @@ class MemoryRig(RealRig):
 
     def __init__(self, cache_dir: Path) -> None:
         super().__init__(cache_dir)
-        self.real._health.takes_writes = lambda: False  # type: ignore[method-assign] # sick for good, without a clock
+        self.real._placement._health.takes_writes = lambda: False  # type: ignore[method-assign] # sick for good, without a clock
 
 
 class FakeRig:
@@ -59,8 +66,11 @@ class FakeRig:
 
     def land(self, key: ObjectKey, offset: int, data: bytes, version: Version) -> None:
         for part in split_by_segment(Extent(offset, offset + len(data))):
-            order = FetchOrder(key, part, Lease("https://store/x"), None, self.store.segment_path(key, part.start))
+            order = FetchOrder(key, part, Lease("https://store/x"), None, self.path(key, part.start))
             self.fake.land_order(order, part.start, data[part.start - offset : part.stop - offset], version)
+
+    def path(self, key: ObjectKey, offset: int) -> str:
+        return self.fake.segment_path(key, offset)
 
 
 @pytest.fixture(params=["disk", "memory", "fake"])
@@ -219,9 +229,9 @@ def test_cached_bytes_of_an_object_of_many_segments(rig: Rig) -> None:
 
 def test_after_a_failed_landing_the_segment_lives_elsewhere_and_loses_nothing(rig: Rig) -> None:
     rig.land(KEY, 0, ramp(0, BLOCK_BYTES), "v")
-    before = rig.store.segment_path(KEY, 0)
+    before = rig.path(KEY, 0)
     rig.store.landing_failed(KEY, 0, "No space left on device")
-    after = rig.store.segment_path(KEY, 0)
+    after = rig.path(KEY, 0)
     rig.land(KEY, 0, ramp(0, 2 * BLOCK_BYTES), "v")
     assert read(rig.store, KEY, "v", Extent(0, 2 * BLOCK_BYTES)) == ramp(0, 2 * BLOCK_BYTES)
     assert rig.store.missing(KEY, "v", Extent(0, 2 * BLOCK_BYTES)) == []

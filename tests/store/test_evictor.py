@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.segment_paths import segment_path
 from valohai_fuse.model.eviction import Budget, Segment
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent
 from valohai_fuse.ports import ABSENT, NotHere, ObjectKey
@@ -37,13 +38,13 @@ def store(cache: str) -> Iterator[SegmentStore]:
     store = SegmentStore(cache)
     for age, key in enumerate(reversed(KEYS)):
         land(store, key)
-        os.utime(store.segment_path(key, 0), (10**9 - age * 100, 10**9 - age * 100))
+        os.utime(segment_path(store, key, 0), (10**9 - age * 100, 10**9 - age * 100))
     yield store
     store.close()
 
 
 def land(store: SegmentStore, key: ObjectKey) -> None:
-    with SegmentWriter(store.segment_path(key, 0), key, 0, "v") as writer:
+    with SegmentWriter(segment_path(store, key, 0), key, 0, "v") as writer:
         writer.land(0, DATA)
 
 
@@ -82,7 +83,7 @@ def test_what_is_read_counts_as_used(store: SegmentStore, cache: str) -> None:
 
 
 def test_reading_again_counts_again(store: SegmentStore) -> None:
-    path = store.segment_path(KEYS[0], 0)
+    path = segment_path(store, KEYS[0], 0)
     for _ in range(3):
         os.utime(path, (1000, 1000))
         assert not isinstance(trio.run(store.read, KEYS[0], "v", ALL), NotHere)
@@ -115,7 +116,7 @@ def test_room_on_the_file_system_is_kept(store: SegmentStore, cache: str, monkey
 def test_the_room_of_an_open_segment_is_free_at_once(store: SegmentStore, cache: str) -> None:
     """A reader that has it open finds it absent, not wrong; what it reads next is landed anew."""
     assert trio.run(store.read, KEYS[0], "v", ALL) == DATA
-    fd = os.open(store.segment_path(KEYS[0], 0), os.O_RDONLY)
+    fd = os.open(segment_path(store, KEYS[0], 0), os.O_RDONLY)
     Evictor(cache, Budget(bytes_max=1)).run_pass()
     assert os.fstat(fd).st_blocks == 0
     os.close(fd)
@@ -127,7 +128,7 @@ def test_the_room_of_an_open_segment_is_free_at_once(store: SegmentStore, cache:
 
 def test_a_writer_under_way_is_not_hurt(store: SegmentStore, cache: str) -> None:
     """It goes on into a file that nobody sees any more; that segment is fetched again."""
-    path = store.segment_path(KEYS[0], 0)
+    path = segment_path(store, KEYS[0], 0)
     with SegmentWriter(path, KEYS[0], 0, "v") as writer:
         Evictor(cache, Budget(bytes_max=1)).run_pass()
         writer.land(0, DATA)
@@ -138,7 +139,7 @@ def test_a_writer_under_way_is_not_hurt(store: SegmentStore, cache: str) -> None
 
 def test_what_was_used_since_the_scan_stays(store: SegmentStore, cache: str) -> None:
     (oldest,) = [segment for segment in evictor.scan(cache) if segment.used_at_ns == (10**9 - 900) * 10**9]
-    os.utime(store.segment_path(KEYS[0], 0))
+    os.utime(segment_path(store, KEYS[0], 0))
     assert not evictor.evict(cache, oldest)
     assert not evictor.evict(cache, Segment(0, "00/nothing", 1))
     assert kept(cache) == list(range(10))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.segment_paths import segment_path
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, NotHere, ObjectKey
@@ -48,7 +49,7 @@ def content(extent: Extent) -> bytes:
 def land(store: SegmentStore, *extents: Extent, version: str = "v") -> None:
     """In the files, of which nothing stays in the page cache."""
     for extent in extents:
-        path = store.segment_path(KEY, extent.start)
+        path = segment_path(store, KEY, extent.start)
         with SegmentWriter(path, KEY, extent.start // SEGMENT_BYTES, version) as writer:
             writer.land(extent.start, content(extent))
         drop_pages(path)
@@ -86,7 +87,7 @@ def test_what_was_loaded_is_read_from_memory(store: SegmentStore) -> None:
     assert load(store, 1) == [True]
     assert lent(store, nth(1)) == content(nth(1))
     assert store.statistics().memory_bytes == FULL
-    fd = os.open(store.segment_path(KEY, nth(1).start), os.O_RDONLY)
+    fd = os.open(segment_path(store, KEY, nth(1).start), os.O_RDONLY)
     with pytest.raises(BlockingIOError):
         os.preadv(fd, [bytearray(1)], FULL // 2, os.RWF_NOWAIT)
     os.close(fd)
@@ -136,7 +137,7 @@ def test_memory_is_bounded_and_used_again(store: SegmentStore) -> None:
 def test_rot_on_the_disk_is_found_and_the_file_is_told_once(store: SegmentStore) -> None:
     """The copy does not verify, so the file is asked, and does not either: absent there and here."""
     land(store, nth(0))
-    path = store.segment_path(KEY, 0)
+    path = segment_path(store, KEY, 0)
     with open(path, "r+b") as file:
         file.seek(segment.DATA_OFFSET + 5 * BLOCK_BYTES + 7)
         file.write(b"rot!")
@@ -162,7 +163,7 @@ def test_memory_that_is_spoilt_is_no_fault_of_the_file(store: SegmentStore) -> N
         opened.room[segment.DATA_OFFSET + 3] ^= 1
         assert read(store, nth(0)) == content(nth(0))
         store._places._memory.clear()
-        drop_pages(store.segment_path(KEY, 0))
+        drop_pages(segment_path(store, KEY, 0))
     assert not store._places.avoids_file((KEY, 0))
 
 
@@ -175,11 +176,11 @@ def test_a_file_that_is_evicted_or_cut_short_while_it_is_loaded(
     whole = loading.load_segment
 
     def unlinked(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
-        os.unlink(store.segment_path(KEY, 0))
+        os.unlink(segment_path(store, KEY, 0))
         return whole(source, version, into, pages)
 
     def shortened(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
-        os.truncate(store.segment_path(KEY, SEGMENT_BYTES), FULL // 2)
+        os.truncate(segment_path(store, KEY, SEGMENT_BYTES), FULL // 2)
         return whole(source, version, into, pages)
 
     monkeypatch.setattr(loading, "load_segment", unlinked)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.segment_paths import segment_path
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, NotHere, ObjectKey
 from valohai_fuse.store.segments import SegmentStore
@@ -67,7 +68,7 @@ def rest(process: subprocess.Popen[bytes]) -> set[int]:
 def test_several_processes_land_in_one_segment_at_once(tmp_path: Path, index: int) -> None:
     """All of what each of them landed is there, though nobody locks: the table only gains entries."""
     store = SegmentStore(str(tmp_path / "cache"))
-    path = store.segment_path(KEY, index * SEGMENT_BYTES)
+    path = segment_path(store, KEY, index * SEGMENT_BYTES)
     processes = [lander(path, index, "v", seed, "once") for seed in range(3)]
     for process in processes:
         rest(process)
@@ -81,7 +82,7 @@ def test_several_processes_land_in_one_segment_at_once(tmp_path: Path, index: in
 def test_kill_9_while_landing(tmp_path: Path, lines: int) -> None:
     """What a killed writer reported as landed is there, the rest is absent or right, and another one completes it."""
     store = SegmentStore(str(tmp_path / "cache"))
-    path = store.segment_path(KEY, 0)
+    path = segment_path(store, KEY, 0)
     process = lander(path, 0, "v", lines)
     landed = reported(process, lines)
     os.kill(process.pid, signal.SIGKILL)
@@ -104,7 +105,7 @@ def test_kill_9_while_landing(tmp_path: Path, lines: int) -> None:
 def test_two_versions_fight_for_one_segment(tmp_path: Path) -> None:
     """Writers of two versions at once: one takes the segment from the other; no read mixes them."""
     store = SegmentStore(str(tmp_path / "cache"))
-    path = store.segment_path(KEY, 0)
+    path = segment_path(store, KEY, 0)
     processes = [lander(path, 0, version, seed, "once") for seed, version in enumerate(["v1", "v2", "v1", "v2"])]
     for process in processes:
         rest(process)
@@ -121,7 +122,7 @@ def test_a_worker_lands_in_the_memory_of_the_daemon(tmp_path: Path) -> None:
     """The path of a memory segment means something in another process of the same user."""
     store = SegmentStore(str(tmp_path / "cache"))
     store.landing_failed(KEY, 0, "test")
-    path = store.segment_path(KEY, 0)
+    path = segment_path(store, KEY, 0)
     assert path.startswith("/proc/")
     process = lander(path, 0, "v", 1, "once")
     rest(process)

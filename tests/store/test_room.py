@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.segment_paths import segment_path
 from valohai_fuse.model.eviction import Budget, Segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import NotHere, ObjectKey
@@ -198,13 +199,13 @@ def test_what_is_fetched_or_read_goes_last(cache: str) -> None:
     store = SegmentStore(cache)
     keys = [ObjectKey(f"datum:{n}", BLOCK_BYTES) for n in range(4)]
     for age, key in enumerate(reversed(keys)):
-        with SegmentWriter(store.segment_path(key, 0), key, 0, "v") as writer:
+        with SegmentWriter(segment_path(store, key, 0), key, 0, "v") as writer:
             writer.land(0, bytes(BLOCK_BYTES))
-        os.utime(store.segment_path(key, 0), (10**9 - age, 10**9 - age))
+        os.utime(segment_path(store, key, 0), (10**9 - age, 10**9 - age))
     one = Extent(0, BLOCK_BYTES)
 
     def kept() -> list[bool]:
-        return [os.path.exists(store.segment_path(key, 0)) for key in keys]
+        return [os.path.exists(segment_path(store, key, 0)) for key in keys]
 
     assert store.claim(keys[0], one)
     assert not isinstance(trio.run(store.read, keys[1], "v", one), NotHere)

@@ -17,6 +17,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.segment_paths import segment_path
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey
@@ -75,7 +76,7 @@ def block_extent(block: int, size: int = SIZE) -> Extent:
 
 def land(store: SegmentStore, extent: Extent = ALL, version: str = "v", key: ObjectKey = KEY) -> str:
     """What a worker does; on the disk's refusal also what the engine does then. Returns where it landed."""
-    path = store.segment_path(key, extent.start)
+    path = segment_path(store, key, extent.start)
     try:
         with SegmentWriter(path, key, extent.start // SEGMENT_BYTES, version) as writer:
             writer.land(extent.start, ramp(extent))
@@ -252,7 +253,7 @@ def test_a_block_that_rots_again_and_again_moves_to_memory(store: SegmentStore, 
     assert rounds == 2
     assert store.statistics().memory_segments == 1
     clock.now_s += FAULT_MEMORY_S
-    assert not store.segment_path(KEY, 0).startswith("/proc/"), "tried again later"
+    assert not segment_path(store, KEY, 0).startswith("/proc/"), "tried again later"
 
 
 @settings(max_examples=60, deadline=None)
@@ -543,7 +544,7 @@ def test_a_disk_that_hangs_is_not_waited_for(cache: str, monkeypatch: pytest.Mon
     assert read(store) is ABSENT
     monkeypatch.undo()
     os.eventfd_write(released, 1000)
-    assert store.segment_path(KEY, 0).startswith("/proc/")
+    assert segment_path(store, KEY, 0).startswith("/proc/")
     land(store)
     assert read(store) == ramp(ALL)
     store.close()
@@ -623,7 +624,7 @@ def test_a_full_disk_costs_speed_not_data(small_disk: Path, clock: Clock, caplog
     key = ObjectKey("datum:later", 1000)
     assert not land(store, Extent(0, 1000), key=key).startswith("/proc/"), "without a remount"
     clock.now_s += health.PROOF_S
-    store.segment_path(key, 0)
+    segment_path(store, key, 0)
     assert store.statistics().disk_well
     store.close()
 

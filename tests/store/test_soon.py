@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.segment_paths import segment_path
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent
 from valohai_fuse.ports import COLD, NotHere, ObjectKey
 from valohai_fuse.store import soon
@@ -80,7 +81,7 @@ def test_a_store_reads_what_is_not_in_memory_without_a_thread(tmp_path: Path, mo
     monkeypatch.setattr(soon, "LOOKS_MAX", 10**6)
     key, content = ObjectKey("id", 3 * BLOCK_BYTES), os.urandom(3 * BLOCK_BYTES)
     store = SegmentStore(str(tmp_path / "cache"))
-    path = store.segment_path(key, 0)
+    path = segment_path(store, key, 0)
     with SegmentWriter(path, key, 0, "v") as writer:
         writer.land(0, content)
     fd = os.open(path, os.O_RDWR)

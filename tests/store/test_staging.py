@@ -17,9 +17,10 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, LandingPlace, NotHere, ObjectKey
 from valohai_fuse.store.calls import DiskCalls
 from valohai_fuse.store.landing import SegmentWriter, is_memory_path
+from valohai_fuse.store.placement import STAGED_BYTES_MIN
 from valohai_fuse.store.places import ABANDONED_S, STAGED_IDLE_S
 from valohai_fuse.store.room import Room
-from valohai_fuse.store.segments import STAGED_BYTES_MIN, SegmentStore
+from valohai_fuse.store.segments import SegmentStore
 
 FULL = segment.PAGE_BYTES + SEGMENT_BYTES
 KEY = ObjectKey("datum:stream", 6 * SEGMENT_BYTES)

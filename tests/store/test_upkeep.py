@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.segment_paths import segment_path
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, split_by_segment
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store import upkeep
@@ -36,14 +37,14 @@ def store(cache: str) -> Iterator[SegmentStore]:
     for age, key in enumerate(reversed(KEYS)):
         land(store, key)
         for offset in (0, SEGMENT_BYTES):
-            os.utime(store.segment_path(key, offset), (10**9 - age * 100, 10**9 - age * 100))
+            os.utime(segment_path(store, key, offset), (10**9 - age * 100, 10**9 - age * 100))
     yield store
     store.close()
 
 
 def land(store: SegmentStore, key: ObjectKey, version: str = "v") -> None:
     for part in split_by_segment(Extent(0, SIZE)):
-        with SegmentWriter(store.segment_path(key, part.start), key, part.start // SEGMENT_BYTES, version) as writer:
+        with SegmentWriter(segment_path(store, key, part.start), key, part.start // SEGMENT_BYTES, version) as writer:
             writer.land(part.start, DATA[part.start : part.stop])
 
 
@@ -70,7 +71,7 @@ def test_a_summary_is_the_survey_summed_up(
     """By one process as by several; of single objects only those that were asked for. Small objects are not even opened."""
     for size in (1, 20_000, BLOCK_BYTES):
         small = ObjectKey("datum:small", size)
-        with SegmentWriter(store.segment_path(small, 0), small, 0, "v") as writer:
+        with SegmentWriter(segment_path(store, small, 0), small, 0, "v") as writer:
             writer.land(0, DATA[:size])
     monkeypatch.setattr(upkeep, "_ALONE_MAX", alone_max)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
@@ -112,16 +113,16 @@ def test_a_sound_cache_verifies(store: SegmentStore, cache: str) -> None:
 
 def test_verify_takes_away_exactly_what_is_bad(store: SegmentStore, cache: str) -> None:
     """A flipped bit costs its block, a truncated file what was cut off, a ruined header or a wrong name the file."""
-    with open(store.segment_path(KEYS[0], 0), "r+b") as file:
+    with open(segment_path(store, KEYS[0], 0), "r+b") as file:
         file.seek(4096 + 5 * BLOCK_BYTES + 100)
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    os.truncate(store.segment_path(KEYS[1], 0), 4096 + 120 * BLOCK_BYTES)
-    with open(store.segment_path(KEYS[2], SEGMENT_BYTES), "r+b") as file:
+    os.truncate(segment_path(store, KEYS[1], 0), 4096 + 120 * BLOCK_BYTES)
+    with open(segment_path(store, KEYS[2], SEGMENT_BYTES), "r+b") as file:
         file.seek(30)
         file.write(b"rot")
-    os.rename(store.segment_path(KEYS[0], SEGMENT_BYTES), store.segment_path(KEYS[2], SEGMENT_BYTES) + "1")
+    os.rename(segment_path(store, KEYS[0], SEGMENT_BYTES), segment_path(store, KEYS[2], SEGMENT_BYTES) + "1")
     for found in Path(cache).rglob("*.*"):
         os.utime(found, (10**9, 10**9))
     done = upkeep.verify(cache)
@@ -132,7 +133,7 @@ def test_verify_takes_away_exactly_what_is_bad(store: SegmentStore, cache: str) 
 
 
 def test_a_file_in_the_making_is_left_alone(store: SegmentStore, cache: str) -> None:
-    path = Path(store.segment_path(ObjectKey("datum:new", 5), 0))
+    path = Path(segment_path(store, ObjectKey("datum:new", 5), 0))
     path.write_bytes(b"half a head")
     assert upkeep.verify(cache).bad_segments == 0
     assert path.exists()
@@ -147,7 +148,7 @@ def test_prune_takes_the_least_recently_used(store: SegmentStore, cache: str) ->
 
 
 def test_prune_by_age(store: SegmentStore, cache: str) -> None:
-    os.utime(store.segment_path(KEYS[1], 0))
+    os.utime(segment_path(store, KEYS[1], 0))
     assert upkeep.prune(cache, older_than_s=3600).segments == 5
     assert cached(cache) == [0, SEGMENT_BYTES, 0]
 
@@ -173,9 +174,9 @@ def test_a_cached_object_becomes_a_plain_file(store: SegmentStore, tmp_path: Pat
 @pytest.mark.parametrize("trouble", ["nothing", "hole", "rot", "versions"])
 def test_what_is_not_whole_is_not_exported(store: SegmentStore, tmp_path: Path, trouble: str) -> None:
     """Not one byte of it, and nothing half-done is left."""
-    path = store.segment_path(KEYS[0], SEGMENT_BYTES)
+    path = segment_path(store, KEYS[0], SEGMENT_BYTES)
     if trouble == "nothing":
-        os.unlink(store.segment_path(KEYS[0], 0))
+        os.unlink(segment_path(store, KEYS[0], 0))
     elif trouble == "hole":
         os.truncate(path, 4096 + BLOCK_BYTES)
     elif trouble == "rot":

@@ -17,6 +17,7 @@ import trio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from support.segment_paths import segment_path
 from valohai_fuse.errors import UsageError, ValohaiFuseError
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent
@@ -57,7 +58,7 @@ def test_any_damage_to_a_segment(data: st.DataObject) -> None:
     """Bytes flipped, cut off, zeroed or replaced anywhere: the object's bytes, or absence."""
     with tempfile.TemporaryDirectory() as directory:
         first = SegmentStore(directory)
-        path = first.segment_path(KEY, 0)
+        path = segment_path(first, KEY, 0)
         with SegmentWriter(path, KEY, 0, "v") as writer:
             writer.land(0, CONTENT)
         first.close()
@@ -81,7 +82,7 @@ def test_any_damage_to_a_segment(data: st.DataObject) -> None:
         try:
             found = read_whole(store)
             assert found is None or found == CONTENT
-            with SegmentWriter(store.segment_path(KEY, 0), KEY, 0, "v") as writer:  # and it can be mended
+            with SegmentWriter(segment_path(store, KEY, 0), KEY, 0, "v") as writer:  # and it can be mended
                 writer.land(0, CONTENT)
             assert read_whole(store) in {None, CONTENT}
         finally:

@@ -7,6 +7,7 @@ So it must be a real directory, ours, and writable by nobody else. Must not know
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -14,6 +15,7 @@ import struct
 
 from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model.segment import FORMAT_DIRECTORY
+from valohai_fuse.store.calls import DiskCalls
 
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
 """FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of linux/fs.h, for a `long` of 64 bits."""
@@ -137,3 +139,37 @@ def _file_system(path: str) -> str:
     except (OSError, IndexError):
         pass
     return ""
+
+
+class Home:
+    """The format's directory of a cache and the fan-out directories in it, each made when it is first wanted."""
+
+    def __init__(self, cache_dir: str, disk: DiskCalls) -> None:
+        self.path = os.path.join(cache_dir, FORMAT_DIRECTORY)
+        self._cache_dir = cache_dir
+        self._disk = disk
+        self._is_made = False
+        self._fan_out_made: set[str] = set()
+
+    def make(self) -> None:
+        """As `prepare`, unless it is made. Raises the same, and OSError when nothing can be written there."""
+        if not self._is_made:
+            self._disk.call(self._make)
+            self._is_made = True
+
+    def make_fan_out(self, path: str) -> None:
+        """The directory `path` in it. Raises OSError."""
+        if path not in self._fan_out_made:
+            with contextlib.suppress(FileExistsError):
+                self._disk.call(os.mkdir, path, 0o700)
+            self._fan_out_made.add(path)
+
+    def forget(self) -> None:
+        """They may have been deleted under us: made again when they are wanted again."""
+        self._is_made = False
+        self._fan_out_made.clear()
+
+    def _make(self) -> None:
+        prepare(self._cache_dir)
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise OSError(errno.EROFS, "not writable")

@@ -4,7 +4,7 @@ Reading first tries what is known of the segments it touches; only where that do
 What goes wrong with the disk is absence for the reader, never an error:
 - a block that does not verify loses its entry and is fetched again (`store.places`);
 - a disk that refuses writes gets no more for a while, new segments go to memory, what the disk holds is still read
-  (`store.health`);
+  (`store.placement`, `store.health`);
 - a disk that does not answer within `patience_s` is not waited for;
 - a file system that can hang as a whole is called through `store.calls`, and while it is stuck there is nothing in it.
 
@@ -19,36 +19,31 @@ import errno
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 
 import trio
 
-from valohai_fuse.errors import ConfigurationError
 from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent, block_ceil, block_floor, split_by_segment
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, LandingPlace, NotHere, ObjectKey, Version
-from valohai_fuse.store import directory
 from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.claims import Claims
-from valohai_fuse.store.health import DiskHealth, DiskPace, RateLimitedLog, StoreStatistics
+from valohai_fuse.store.directory import Home, lies_in_memory
+from valohai_fuse.store.health import RateLimitedLog, StoreStatistics
 from valohai_fuse.store.loading import Loading
 from valohai_fuse.store.opened import Run
-from valohai_fuse.store.places import ABANDONED_S, Place, Places
+from valohai_fuse.store.placement import Placement, reason_of
+from valohai_fuse.store.places import Places
 from valohai_fuse.store.room import Room
 from valohai_fuse.store.soon import SOON_BYTES_MAX, Bytes, Soon
 
 MEMORY_BYTES_MAX = 128 * 1024 * 1024
-STAGED_BYTES_MIN = 1024 * 1024
-"""From this on a piece goes through memory: a stream's. A smaller one would waste a segment's memory."""
 DESCRIPTORS_MAX = 1024
 READING_THREADS = 8
 PATIENCE_S = 10.0
 SERVED_PATIENCE_S = 3.0
 """The same where a server may be gone, or slow for so long that fetching again is no worse."""
-ROOM_PATIENCE_S = 2.0
-"""How long a fetch that somebody waits for waits for room on the disk before it lands in memory."""
-_ROOM_PATIENCE_AHEAD_S = 0.5
 EXPECTED_BYTES = 128 * 1024
 """What a first read asks for as a rule: the kernel's own first readahead."""
 _READ_ATTEMPTS_MAX = 4
@@ -79,27 +74,23 @@ class SegmentStore:
         """
         if descriptors_max is None:
             descriptors_max = min(DESCRIPTORS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._cache_dir = cache_dir
-        self._home = os.path.join(cache_dir, segment.FORMAT_DIRECTORY)
         self._room = room
         self._disk = disk or DiskCalls(may_hang=False)
+        self._home = Home(cache_dir, self._disk)
         self._claims = Claims(cache_dir)
         self._patience_s = patience_s or (SERVED_PATIENCE_S if self._disk.may_hang else PATIENCE_S)
         self._limiter = trio.CapacityLimiter(READING_THREADS)
         self._monotonic = monotonic
         self._soon = Soon(possible=not self._disk.may_hang, monotonic=monotonic)
         self._warnings = RateLimitedLog(monotonic)
-        self._health = DiskHealth(monotonic)
-        self._pace = DiskPace(monotonic)
-        self._prepared = False
-        self._fan_out_made: set[str] = set()
+        refusal = None
         try:
-            self._prepare()
+            self._home.make()
         except OSError as error:
-            self._health.failed(_reason(error))
-        in_memory = directory.lies_in_memory(self._home)
+            refusal = reason_of(error)
+        in_memory = lies_in_memory(self._home.path)
         self._places = Places(
-            self._home,
+            self._home.path,
             disk=self._disk,
             descriptors_max=descriptors_max,
             memory_bytes_max=memory_bytes_max,
@@ -107,6 +98,17 @@ class SegmentStore:
             monotonic=monotonic,
             warnings=self._warnings,
         )
+        self._placement = Placement(
+            self._home,
+            self._places,
+            disk=self._disk,
+            claims=self._claims,
+            room=room,
+            monotonic=monotonic,
+            warnings=self._warnings,
+        )
+        if refusal is not None:
+            self._placement.refused(refusal)
         self._loading = Loading(self._places, possible=not (in_memory or self._disk.may_hang))
 
     def close(self) -> None:
@@ -124,8 +126,8 @@ class SegmentStore:
             memory_segments,
             memory_bytes,
             self._places.blocks_distrusted,
-            self._health.well and not self._disk.stuck,
-            self._health.failures + self._places.files_unreadable,
+            self._placement.is_well,
+            self._placement.failures + self._places.files_unreadable,
         )
 
     def touch_used(self) -> None:
@@ -168,6 +170,12 @@ class SegmentStore:
             self._places.fault((key, part.start // SEGMENT_BYTES))
         return ABSENT
 
+    def _is_stuck(self) -> bool:
+        """Asks the disk for a sign of life."""
+        with contextlib.suppress(OSError):
+            self._disk.call(os.lstat, self._home.path)
+        return self._disk.stuck
+
     async def _read_soon(self, key: ObjectKey, version: Version, extent: Extent) -> Bytes | NotHere:
         """The same without a thread, where that is quicker; COLD where it is not."""
         if self._soon.is_quick and len(extent) <= SOON_BYTES_MAX:
@@ -175,8 +183,14 @@ class SegmentStore:
             with contextlib.suppress(BlockingIOError):  # its table is not in memory either
                 runs = self._plan(key, version, start, stop, nowait=True)
                 if not isinstance(runs, NotHere):
-                    return await self._soon.read(runs, lambda: self.read_nowait(key, version, extent))
+                    return await self._soon.read(runs, lambda: self._take_nowait(runs, extent))
         return COLD
+
+    def _take_nowait(self, runs: list[Run], extent: Extent) -> Bytes | NotHere:
+        try:
+            return self._take(runs, extent, nowait=True) or COLD
+        except BlockingIOError:
+            return COLD
 
     def read_blocking(self, key: ObjectKey, version: Version, extent: Extent) -> Bytes | NotHere:
         """The same for programs without an event loop, however long the disk takes."""
@@ -204,12 +218,20 @@ class SegmentStore:
             if lend and len(runs) == 1 and (lent := runs[0].lent()) is not None:
                 self._note_read(runs[0])
                 return lent[extent.start - start : extent.stop - start]
-            buffer = bytearray(stop - start)
-            if self._fill(runs, memoryview(buffer), start, nowait=nowait):
-                if extent.start == start and extent.stop >= stop:
-                    return buffer
-                return memoryview(buffer)[extent.start - start : extent.stop - start]
+            found = self._take(runs, extent, nowait=nowait)
+            if found is not None:
+                return found
         return ABSENT
+
+    def _take(self, runs: list[Run], extent: Extent, *, nowait: bool) -> Bytes | None:
+        """The bytes of `extent`, which the runs cover. As `_fill`."""
+        start, stop = runs[0].start, runs[-1].stop
+        buffer = bytearray(stop - start)
+        if not self._fill(runs, memoryview(buffer), start, nowait=nowait):
+            return None
+        if extent.start == start and extent.stop >= stop:
+            return buffer
+        return memoryview(buffer)[extent.start - start : extent.stop - start]
 
     def _plan(self, key: ObjectKey, version: Version, start: int, stop: int, *, nowait: bool) -> list[Run] | NotHere:
         runs: list[Run] = []
@@ -348,108 +370,24 @@ class SegmentStore:
 
     # --- where to land ------------------------------------------------------------------------------------------------
 
-    def segment_path(self, key: ObjectKey, offset: int) -> str:
-        """Where a worker lands the segment that holds byte `offset`: a file, or memory while the disk takes nothing."""
-        place = (key, offset // SEGMENT_BYTES)
-        path = self._file_path(place)
-        if path is not None:
-            return path
-        with self._standing_in(place, Extent(offset, offset + 1)) as path:
-            return path
-
-    def _file_path(self, place: Place) -> str | None:
-        """The segment's file, if the disk may be asked to take it."""
-        path = self._places.path(place)
-        if self._disk.stuck:
-            self._disk_refused("it does not answer")
-            return None
-        if self._places.avoids_file(place) or not self._health.takes_writes():
-            return None
-        try:
-            self._prepare()
-            self._make_fan_out(os.path.dirname(path))
-        except (OSError, ConfigurationError) as error:
-            self._disk_refused(_reason(error))
-            return None
-        return path
-
-    def _is_stuck(self) -> bool:
-        """Asks the disk for a sign of life."""
-        with contextlib.suppress(OSError):
-            self._disk.call(os.lstat, self._home)
-        return self._disk.stuck
-
-    @contextlib.contextmanager
-    def _standing_in(self, place: Place, extent: Extent) -> Iterator[str]:
-        """Memory for what the disk does not take; the file all the same, should there be no memory."""
-        with contextlib.ExitStack() as stack:
-            try:
-                path = stack.enter_context(self._places.in_memory(place, extent, stands_in=True))
-            except OSError as error:
-                self._warnings.warn("memory", f"no segments in memory ({_reason(error)}); trying the disk all the same")
-                path = None
-            yield path or self._places.path(place)
-
-    @contextlib.contextmanager
-    def _staging(self, place: Place, extent: Extent, *, staged: bool) -> Iterator[str]:
-        """Memory for a large piece that somebody is about to read; "" where there is no use or no room for it.
-
-        Where the disk may hang it is used for everything: a worker's thread hangs then, and not the worker.
-        """
-        with contextlib.ExitStack() as stack:
-            path = None
-            if (staged and len(extent) >= STAGED_BYTES_MIN) or self._disk.may_hang:
-                with contextlib.suppress(OSError):
-                    in_memory = self._places.in_memory(place, extent, stands_in=False, may_replace=self._disk.may_hang)
-                    path = stack.enter_context(in_memory)
-            yield path or ""
-
-    @contextlib.asynccontextmanager
-    async def landing(
+    def landing(
         self, key: ObjectKey, extent: Extent, *, ahead: bool, staged: bool = False, to_keep: bool = False
-    ) -> AsyncIterator[LandingPlace | None]:
-        """Where a fetch of `extent` lands, with room taken for it while the block runs; see `ports.BlockStore`.
-
-        Staged is what is large enough; small pieces go through the page cache, which writes them out when it pleases.
-        """
-        place = (key, extent.start // SEGMENT_BYTES)
-        path = self._file_path(place)
-        with self._staging(place, extent, staged=staged) if path else contextlib.nullcontext("") as staging:
-            if path is None or not (staging or to_keep or self._pace.affordable()):
-                with contextlib.nullcontext() if to_keep else self._standing_in(place, extent) as memory:
-                    yield None if memory is None else LandingPlace(memory)
-                return
-            charged_s = 0.0 if staging or to_keep else self._pace.begin(len(extent))
-            try:
-                async with self._taken(len(extent), ahead=ahead, staged=bool(staging)) as granted:
-                    if granted:
-                        yield LandingPlace(path, staging)
-                    elif ahead or to_keep:
-                        yield None
-                    else:
-                        with self._standing_in(place, extent) as memory:
-                            yield LandingPlace(memory)
-            finally:
-                self._pace.end(charged_s)
-
-    def _taken(self, byte_count: int, *, ahead: bool, staged: bool) -> AbstractAsyncContextManager[bool]:
-        """Room on the disk for `byte_count` bytes of one segment while the block runs, and whether there was any. What was
-        `staged` and then given up may still be on its way to the disk when the block is over."""
-        if self._room is None:
-            return contextlib.nullcontext(enter_result=True)
-        return self._room.taken(
-            segment.bytes_on_disk_max(byte_count),
-            patience_s=_ROOM_PATIENCE_AHEAD_S if ahead else ROOM_PATIENCE_S,
-            given_up_after_s=ABANDONED_S if staged else 0.0,
-        )
+    ) -> AbstractAsyncContextManager[LandingPlace | None]:
+        """Where a fetch of `extent` lands, with room taken for it while the block runs; see `ports.BlockStore`."""
+        return self._placement.landing(key, extent, ahead=ahead, staged=staged, to_keep=to_keep)
 
     def note_landed(self, byte_count: int, disk_wait_s: float) -> None:
         """See `ports.BlockStore`."""
-        self._pace.waited(byte_count, disk_wait_s)
+        self._placement.pace.waited(byte_count, disk_wait_s)
 
     def note_passed_by(self, byte_count: int) -> None:  # noqa: ARG002 - the port's signature
         """See `ports.BlockStore`."""
-        self._pace.tell_once()
+        self._placement.pace.tell_once()
+
+    def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
+        """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
+        self._places.fault((key, offset // SEGMENT_BYTES))
+        self._placement.refused(detail)
 
     def claim(self, key: ObjectKey, extent: Extent) -> bool:
         """Says that we fetch `extent`; False: another process is fetching some of it. See `ports.BlockStore`."""
@@ -461,39 +399,3 @@ class SegmentStore:
     def unclaim(self, key: ObjectKey, extent: Extent) -> None:
         """Takes `claim` back."""
         self._disk.later(self._claims.release, *self._places.blocks(key, extent))
-
-    def landing_failed(self, key: ObjectKey, offset: int, detail: str) -> None:
-        """A worker could not land there: this segment, and new ones while the disk is sick, go to memory."""
-        self._places.fault((key, offset // SEGMENT_BYTES))
-        self._disk_refused(detail)
-
-    def _disk_refused(self, detail: str) -> None:
-        self._health.failed(detail)
-        self._prepared = False  # the directory may have been deleted under us: made again when the disk is tried again
-        self._fan_out_made.clear()
-        self._disk.later(
-            self._claims.close
-        )  # on a file that may be gone; without them, at worst something is fetched twice
-        self._places.forget_files()  # who deleted files to make room gets it only when nobody has them open
-
-    def _prepare(self) -> None:
-        if not self._prepared:
-            self._disk.call(self._prepare_directory)
-            self._prepared = True
-
-    def _prepare_directory(self) -> None:
-        directory.prepare(self._cache_dir)
-        if not os.access(self._home, os.W_OK | os.X_OK):
-            raise OSError(errno.EROFS, "not writable")
-
-    def _make_fan_out(self, path: str) -> None:
-        if path not in self._fan_out_made:
-            with contextlib.suppress(FileExistsError):
-                self._disk.call(os.mkdir, path, 0o700)
-            self._fan_out_made.add(path)
-
-
-def _reason(error: OSError | ConfigurationError) -> str:
-    if isinstance(error, NotAnsweringError):
-        return "it does not answer"
-    return error.message if isinstance(error, ConfigurationError) else error.strerror or type(error).__name__
