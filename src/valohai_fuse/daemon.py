@@ -21,7 +21,7 @@ import trio
 
 from valohai_fuse import errors
 from valohai_fuse.allocator import keep_freed_memory
-from valohai_fuse.assembly import open_fetching, open_workers
+from valohai_fuse.assembly import Fetching, open_fetching, open_workers
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
@@ -84,26 +84,10 @@ class Daemon:
                 # Beside all that follows, which takes as long; and on a disk that may hang before there is a file open on it,
                 # which a new process would have to close first.
                 pool.prewarm()
-            manifest = manifest_file.load(settings.config_dir, spec.inputs)
-            stack.callback(manifest.close)
-            base = settings.inputs_dir if spec.as_root else spec.mountpoint
-            local = _local_files(base, spec)
-            if local is not None:
-                stack.callback(local.close)
-            self.tree = build(
-                manifest,
-                as_root=spec.as_root,
-                local=local.files if local is not None else {},
-                inputs_dir=settings.inputs_dir,
-            )
-            _warn(self.tree, manifest, api_file.path_in(settings.config_dir))
-            gc.collect()
-            gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
-            catalogue = Catalogue(manifest, self.tree)
+            catalogue, local = self._read_manifest(stack)
             budget = _budget(settings)
             room = Room(settings.cache_dir, budget, disk=disk)
-            staged_bytes = settings.readahead_total + STAGED_BEHIND_BYTES
-            memory_bytes_max = max(MEMORY_BYTES_MAX, staged_bytes)
+            memory_bytes_max = max(MEMORY_BYTES_MAX, settings.readahead_total + STAGED_BEHIND_BYTES)
             store = SegmentStore(settings.cache_dir, room=room, disk=disk, memory_bytes_max=memory_bytes_max)
             stack.callback(store.close)
             fill = FillLimits(
@@ -124,38 +108,67 @@ class Daemon:
                 bytes_max=_cache_bytes_max(settings, budget),
             )
             facts = Facts(catalogue, store, spec.mountpoint)
-            occupancy = Occupancy(
-                nursery, self.tree, facts.wait_cached_bytes, lambda: self.metrics.snapshot()["fetched_bytes"]
-            )
-            self.inspection = Inspection(
-                spec,
-                self.tree,
-                facts,
-                occupancy,
-                fetching.reader,
-                fetching.leases,
-                self.metrics,
-                store=store.statistics,
-                requests_under_way=lambda: len(self.operations.under_way),
-                began_at_s=time.time(),
-            )
-            self.operations = Operations(
-                tree=self.tree,
-                reader=fetching.reader,
-                sizing=fetching.sizing,
-                siblings=SiblingAhead(
-                    self.tree,
-                    fetching.reader.fetch_ahead,
-                    requests_ahead=lambda: fetching.reader.statistics().flights_ahead,
-                    fill=fill,
-                ),
-                metrics=self.metrics,
-                owner=Ownership(settings.uid, settings.gid),
-                open_local=local.open if local is not None else _no_local_file,
-                attributes_of=facts.attributes if settings.xattrs else None,
-                get_ready=fetching.get_ready,
-            )
+            self.inspection = self._inspection(nursery, facts, fetching, store)
+            self.operations = self._operations(facts, fetching, local, fill)
             await self._serve(nursery, report)
+
+    def _read_manifest(self, stack: AsyncExitStack) -> tuple[Catalogue, LocalFiles | None]:
+        """What is to be shown, as a tree, and what of it lies on the disk already."""
+        settings, spec = self.settings, self.spec
+        manifest = manifest_file.load(settings.config_dir, spec.inputs)
+        stack.callback(manifest.close)
+        local = _local_files(settings.inputs_dir if spec.as_root else spec.mountpoint, spec)
+        if local is not None:
+            stack.callback(local.close)
+        self.tree = build(
+            manifest,
+            as_root=spec.as_root,
+            local=local.files if local is not None else {},
+            inputs_dir=settings.inputs_dir,
+        )
+        _warn(self.tree, manifest, api_file.path_in(settings.config_dir))
+        gc.collect()
+        gc.freeze()  # the tree lives as long as we do: no collection needs to walk it again
+        return Catalogue(manifest, self.tree), local
+
+    def _inspection(self, nursery: trio.Nursery, facts: Facts, fetching: Fetching, store: SegmentStore) -> Inspection:
+        """What `status` and `info` ask."""
+        occupancy = Occupancy(
+            nursery, self.tree, facts.wait_cached_bytes, lambda: self.metrics.snapshot()["fetched_bytes"]
+        )
+        return Inspection(
+            self.spec,
+            self.tree,
+            facts,
+            occupancy,
+            fetching.reader,
+            fetching.leases,
+            self.metrics,
+            store=store.statistics,
+            requests_under_way=lambda: len(self.operations.under_way),
+            began_at_s=time.time(),
+        )
+
+    def _operations(self, facts: Facts, fetching: Fetching, local: LocalFiles | None, fill: FillLimits) -> Operations:
+        """What the kernel asks."""
+        settings = self.settings
+        siblings = SiblingAhead(
+            self.tree,
+            fetching.reader.fetch_ahead,
+            requests_ahead=lambda: fetching.reader.statistics().flights_ahead,
+            fill=fill,
+        )
+        return Operations(
+            tree=self.tree,
+            reader=fetching.reader,
+            sizing=fetching.sizing,
+            siblings=siblings,
+            metrics=self.metrics,
+            owner=Ownership(settings.uid, settings.gid),
+            open_local=local.open if local is not None else _no_local_file,
+            attributes_of=facts.attributes if settings.xattrs else None,
+            get_ready=fetching.get_ready,
+        )
 
     async def _serve(self, nursery: trio.Nursery, report: ReportPipe) -> None:
         settings, spec = self.settings, self.spec
