@@ -220,8 +220,9 @@ with the best other mount; the downloads (curl, aria2c, requests, valohai-utils)
 read it there, and no warm or random workload is theirs. `plain` is the same reads on the local directory that nginx serves.
 
 CPU is that of the mount's whole process tree (the reader's own stands apart), MiB its peak PSS, GETs, connections and bytes come
-from nginx's log. The other mounts get unsigned URLs and a listing, because none of them mounts a signed URL.
-s3fs and mountpoint-s3 speak S3 only and cannot mount this store. httpdirfs is Debian's; its newest version waits less per request.
+from nginx's log. The other mounts get unsigned URLs and a listing, because none of them mounts a signed URL; s3fs gets each
+input as a public bucket of the same nginx. mountpoint-s3 is in no package index that the bench installs from. httpdirfs is
+Debian's; its newest version waits less per request.
 
 {versions}
 """

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -244,6 +245,33 @@ def test_an_unmount_of_a_busy_mount_waits_and_then_detaches(sandbox: Sandbox, pl
         assert outcome.returncode == 0
         assert "still busy after the grace period" in outcome.stderr
         assert _mounted(sandbox) == []
+
+
+@pytest.mark.parametrize(("held_s", "grace_s"), [(3.0, 20), (60.0, 2)])
+def test_a_mount_of_another_runtime_directory_is_unmounted_as_gently(
+    sandbox: Sandbox,
+    places: list[str],
+    own_directories: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_s: float,
+    grace_s: int,
+) -> None:
+    """Which knows of it; ours does not, and does not take it for dead: its readers have the grace period, and its daemon ends."""
+    elsewhere = [*places, "--runtime-dir", str(own_directories / "another")]
+    with MountedSandbox(sandbox, options=["train"]):
+        (record,) = (json.loads(path.read_bytes()) for path in _records(sandbox))
+        with Path(sandbox.inputs_dir, "train/a.bin").open("rb") as held:
+            closing = threading.Timer(held_s, held.close)
+            closing.start()
+            monkeypatch.setenv("VALOHAI_FUSE_GRACE_PERIOD", str(grace_s))
+            outcome = run_cli("unmount", *elsewhere, "train")
+            closing.cancel()
+            assert held.closed == (held_s < grace_s)
+        assert outcome.returncode == 0, outcome.stderr
+        assert f"is busy: waiting up to {grace_s} s" in outcome.stderr
+        assert ("train: unmounted" if held_s < grace_s else "still busy after the grace period") in outcome.stderr
+        assert _mounted(sandbox) == []
+        wait_until("its daemon has ended", lambda: process_start(record["pid"]) is None)
 
 
 def test_foreground_tells_systemd_and_unmounts_upon_sigterm(

@@ -1,12 +1,15 @@
 """`valohai-fuse unmount`: asks the daemon, and does without it where there is none.
 
 A living daemon unmounts itself: it knows what is being read and waits for that. A dead mount (ENOTCONN) is detached by us. In
-both cases we come back only when the kernel's table no longer shows the mount and the daemon's process is gone.
+both cases we come back only when the kernel's table no longer shows the mount and the daemon's process is gone. A mount of
+which the runtime directory knows nothing may be alive, for another runtime directory to know: its readers have the grace
+period as well, and its daemon ends when it sees that the mount is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -27,6 +30,8 @@ from valohai_fuse.settings import Settings
 SLACK_S: Final = 10.0
 """A daemon that is not gone this long after its grace period is killed."""
 _IMPATIENT_S: Final = 1.0
+_POLL_S: Final = 0.1
+_STILL_BUSY: Final = "was still busy after the grace period: detached, readers that are left get errors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,11 @@ def _not_ours(name: str, places: Sequence[str], known: Sequence[str]) -> UsageEr
     return UsageError(f"{name}: not mounted", hint=f"mounted are: {shown}")
 
 
-def take_down(runtime: RuntimeDir, target: Target) -> str:
-    """Unmounts one and tidies up after it; says in a word how it went. Raises MountFailedError."""
+def take_down(runtime: RuntimeDir, target: Target, *, grace_s: float = 0.0) -> str:
+    """Unmounts one and tidies up after it; says in a word how it went. `grace_s`: for readers where there is no record.
+
+    Raises MountFailedError.
+    """
     record = target.record
     entry = table.find(target.mountpoint)
     ours = entry if entry is not None and entry.is_ours else None
@@ -80,7 +88,8 @@ def take_down(runtime: RuntimeDir, target: Target) -> str:
     if record is not None and alive and _ask_daemon(record):
         how = _wait_for_daemon(record, ours)
     elif ours is not None:
-        how = _detach(ours, dead=record is None or not alive)
+        is_dead = record is not None or table.answers(target.mountpoint) is False
+        how = _detach(ours) if is_dead else _wait_unmounted(ours, grace_s)
     else:
         how = "was gone already"
     if record is not None:
@@ -107,7 +116,7 @@ def _wait_for_daemon(record: MountRecord, entry: table.MountEntry | None) -> str
     while is_running(record):
         waited_s = time.monotonic() - began_s
         if waited_s > _IMPATIENT_S and not said:
-            output.say(f"{record.mountpoint} is busy: waiting up to {record.grace_period:g} s for what is open there")
+            output.say(_busy(record.mountpoint, record.grace_period))
             said = True
         if time.monotonic() >= limit_s:
             os.kill(record.pid, signal.SIGKILL)
@@ -115,27 +124,45 @@ def _wait_for_daemon(record: MountRecord, entry: table.MountEntry | None) -> str
             limit_s = float("inf")
         time.sleep(0.01 if waited_s < _IMPATIENT_S else 0.1)
     if said and how == "unmounted" and time.monotonic() - began_s >= record.grace_period:
-        how = "was still busy after the grace period: detached, readers that are left get errors"
+        how = _STILL_BUSY
     if entry is not None and table.is_there(entry):
-        _detach(entry, dead=True)
+        _detach(entry)
     return how
 
 
-def _detach(entry: table.MountEntry, *, dead: bool) -> str:
-    try:
-        if dead:
-            table.unmount_lazily(entry.mountpoint)
-            return "removed (it was dead)"
+def _wait_unmounted(entry: table.MountEntry, grace_s: float) -> str:
+    began_s, said = time.monotonic(), False
+    while True:
         try:
             table.unmount(entry.mountpoint)
-        except OSError:
-            table.unmount_lazily(entry.mountpoint)
-            return "was busy: detached lazily"
+        except OSError as error:
+            if not table.is_there(entry):
+                return "was gone already"
+            waited_s = time.monotonic() - began_s
+            if error.errno != errno.EBUSY or waited_s >= grace_s:
+                break
+            if waited_s > _IMPATIENT_S and not said:
+                output.say(_busy(entry.mountpoint, grace_s))
+                said = True
+            time.sleep(_POLL_S)
+        else:
+            return "unmounted"
+    _detach(entry)
+    return _STILL_BUSY
+
+
+def _busy(mountpoint: str, grace_s: float) -> str:
+    return f"{mountpoint} is busy: waiting up to {grace_s:g} s for what is open there"
+
+
+def _detach(entry: table.MountEntry) -> str:
+    try:
+        table.unmount_lazily(entry.mountpoint)
     except OSError as error:
         if not table.is_there(entry):
             return "was gone already"
         raise MountFailedError(f"cannot unmount {entry.mountpoint}: {error.strerror}") from None
-    return "unmounted"
+    return "removed (it was dead)"
 
 
 @verb(
@@ -159,7 +186,7 @@ def unmount(settings: Settings, names: tuple[str, ...], everything: bool) -> int
     failures = []
     for target in targets:
         try:
-            output.say(f"{target.mountpoint}: {take_down(runtime, target)}")
+            output.say(f"{target.mountpoint}: {take_down(runtime, target, grace_s=settings.grace_period)}")
         except MountFailedError as error:
             failures.append(error)
     for failure in failures[1:]:
