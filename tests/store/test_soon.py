@@ -69,6 +69,50 @@ def test_a_slow_disk_is_left_to_threads_until_they_find_it_quick(look_s: float, 
     assert quick.is_quick
 
 
+def test_reads_look_one_after_the_other() -> None:
+    """In the order in which they asked, and whoever is cancelled meanwhile is left out."""
+    quick = Soon(possible=True, monotonic=lambda: 0.0)
+    asked: list[int] = []
+    looks: list[int] = []
+
+    async def one(number: int, scope: trio.CancelScope) -> None:
+        def look() -> bytes | NotHere:
+            looks.append(number)
+            return b"here" if looks.count(number) == 3 else COLD
+
+        with scope:
+            asked.append(number)
+            assert await quick.read((), look) == b"here"
+
+    async def all_of_them() -> None:
+        scopes = [trio.CancelScope() for _ in range(4)]
+        async with trio.open_nursery() as nursery:
+            for number, scope in enumerate(scopes):
+                nursery.start_soon(one, number, scope)
+            while len(asked) < len(scopes):
+                await trio.lowlevel.checkpoint()
+            scopes[asked[2]].cancel()
+
+    trio.run(all_of_them)
+    first, second, _, fourth = asked
+    assert looks == [first] * 3 + [second] * 3 + [fourth] * 3
+    assert quick.is_quick
+
+
+def test_a_disk_that_is_slow_for_one_is_asked_once_by_those_behind() -> None:
+    disk = Disk(10**9, SOON_S * 0.6)
+    quick = Soon(possible=True, monotonic=disk.monotonic)
+
+    async def three() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(quick.read, (), disk.look)
+
+    trio.run(three)
+    assert disk.looks == 2 + 1 + 1
+    assert not quick.is_quick
+
+
 def test_a_disk_that_may_hang_is_never_asked() -> None:
     quick = Soon(possible=False, monotonic=Disk(1).monotonic)
     quick.note(0.0)
