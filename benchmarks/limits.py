@@ -34,13 +34,17 @@ one would cost a reader at random as much for nothing.""",
     "random-4k-8": """\
 the first misses cost a round trip each, until a file has proved worth completing; a peer that fetches all that lies behind each
 read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",
-    "zip-random": "as `random-4k-8`: the members of a small archive are misses until it is worth completing.",
+    "zip-random": """\
+as `random-4k-8`: the members of a small archive are misses until it is worth completing. s3fs fetches 80 MB for the first.""",
     "random-warm-1": """\
-a block that is on the disk and not in memory is read and verified whole, 64 KiB for each 4, and each read is some 0.3 ms of the
-Python of the daemon's one thread. Less would take a compiled language.""",
+a block that is on the disk and not in memory is read and verified whole, 64 KiB for each 4: 110 us of this disk and not 50. The
+rest is some 0.15 ms of the Python of the daemon's one thread. s3fs, in C++, verifies nothing. Less would take a compiled
+language.""",
     "random-warm-8": "as `random-warm-1`, by one event loop for all readers.",
-    "stride-warm": "as `random-warm-1`; within what rounds differ by.",
+    "stride-warm": "as `random-warm-1`.",
+    "backward-warm": "as `random-warm-1`: nothing is loaded ahead of a reader that goes backwards.",
     "mmap-random-warm": "as `random-warm-1`.",
+    "zip-warm": "as `random-warm-1`, for each request of the kernel.",
     "parquet-warm": "as `random-warm-1`, for each request of the kernel; it varies twofold from round to round.",
     "find-warm": """\
 names and attributes come from the kernel's own cache, and what is wanted is beyond a local directory, too (`plain`). The kernel
