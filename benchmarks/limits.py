@@ -14,7 +14,10 @@ a compiled language; how far larger and smaller pieces, one process more or less
 LIMITS: Final[Mapping[str, str]] = {
     "seq-near": _COLD,
     "seq-region": _COLD,
-    "seq-far": _COLD,
+    "seq-far": """\
+a window is twice what was read, so it takes seven round trips of 0.1 s, 0.7 of the 1.9 s, until it hides one, and after that 96 MiB
+come in each. Four times what was read gained a ninth in `scripts/simulate sequential --latency-ms 100`, but a stream that stops
+may then have fetched four times what it read.""",
     "seq-capped": "as `seq-region` once the window is full; until then a connection's own rate bounds each piece of it.",
     "seq-tls": """\
 what the store encrypts is decrypted beside it on the same two processors, and what is wanted is beyond *busy*. curl, which mounts
@@ -22,8 +25,8 @@ nothing, is a few per cent away. It would take a third processor, or a store tha
     "files-4": _COLD,
     "seq-warm-kept": """\
 nothing of ours runs, the CPU of the mount is 0. The kernel keeps a FUSE file in single pages and ext4's in large folios, which
-shows where memory is quick: here a file on ext4 was read at 30,000 MB/s, the same on a tmpfs of single pages at 16,000. On a
-machine with slower memory (a plain file at 7,100) the mount reached 0.94 of it. It would take FUSE in large folios.""",
+shows where memory is quick: on one day a file on ext4 was read at 30,000 MB/s, the same on a tmpfs of single pages at 16,000. On
+another, with slower memory (a plain file at 7,100), the mount reached 0.94 of it. It would take FUSE in large folios.""",
     "seq-warm-dropped": """\
 each MiB goes through the daemon's one thread: it is asked for, found in what was loaded ahead, verified, and copied into the
 kernel. httpdirfs verifies nothing. FUSE passthrough, which pyfuse3 does not have, would leave all of that to the kernel, but only
