@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.store import NEAR, REGION
 from benchmarks.workloads.kinds import KEPT, Target, Workload, big, fresh, task
+
+
+def _walked(pattern: str, command: str, *, again: float) -> list[Workload]:
+    """A walk over all names, and the next one, which is to be `again` times as fast as the best other mount's."""
+    first = Workload(
+        f"{pattern}-cold",
+        f"{command} of 200,000 files, first time",
+        "names",
+        NEAR,
+        lambda _s: (),
+        task(pattern),
+        "files_s",
+        (Target("files_s", 3, "best"),),
+        listed=False,
+        timeout_s=600,
+    )
+    targets = (Target("files_s", again, "best"),)
+    return [first, replace(first, name=f"{pattern}-warm", title=f"{command} again", targets=targets, state=KEPT)]
 
 
 def names() -> list[Workload]:
@@ -28,56 +48,8 @@ def names() -> list[Workload]:
             "fetched_kib",
             (Target("fetched_kib", 1280),),
         ),
-        Workload(
-            "find-cold",
-            "find -ls of 200,000 files, first time",
-            "names",
-            NEAR,
-            lambda _s: (),
-            task("find"),
-            "files_s",
-            (Target("files_s", 3, "best"),),
-            listed=False,
-            timeout_s=600,
-        ),
-        Workload(
-            "find-warm",
-            "find -ls again",
-            "names",
-            NEAR,
-            lambda _s: (),
-            task("find"),
-            "files_s",
-            (Target("files_s", 3, "best"),),
-            state=KEPT,
-            listed=False,
-            timeout_s=600,
-        ),
-        Workload(
-            "ls-cold",
-            "ls -lR of 200,000 files, first time",
-            "names",
-            NEAR,
-            lambda _s: (),
-            task("ls"),
-            "files_s",
-            (Target("files_s", 3, "best"),),
-            listed=False,
-            timeout_s=600,
-        ),
-        Workload(
-            "ls-warm",
-            "ls -lR again",
-            "names",
-            NEAR,
-            lambda _s: (),
-            task("ls"),
-            "files_s",
-            (Target("files_s", 1, "best"),),
-            state=KEPT,
-            listed=False,
-            timeout_s=600,
-        ),
+        *_walked("find", "find -ls", again=3),
+        *_walked("ls", "ls -lR", again=1),
         # "idle CPU 0" is read as a thousandth of a processor at the most: a look every five seconds costs 1 to 3 ms.
         Workload(
             "mount-10k",
