@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from valohai_fuse.model.siblings import WINDOW_FILES_MAX, Siblings
+from valohai_fuse.model.siblings import SORTED_FILES_MAX, WINDOW_FILES_MAX, Siblings
 
 
 def walk(siblings: Siblings, positions: list[int]) -> tuple[int, int]:
@@ -45,7 +46,26 @@ def test_numbers_in_names_when_the_listing_is_sorted() -> None:
     assert foreseen >= 985
 
 
-def test_several_readers_share_one_listing() -> None:
+@pytest.mark.parametrize("count", [20, 1000, SORTED_FILES_MAX + 1])
+def test_from_the_end(count: int) -> None:
+    """`sorted(..., reverse=True)`, over a directory of any size."""
+    names = [f"{number:07}.jpg".encode() for number in range(count)]
+    opened = list(reversed(range(count)))[:1000]
+    foreseen, wasted = walk(Siblings(names), opened)
+    assert foreseen >= len(opened) - 6
+    assert wasted <= (0 if count <= 1000 else WINDOW_FILES_MAX)
+
+
+def test_numbers_in_names_from_the_end() -> None:
+    names = sorted(NUMBERED)
+    order = sorted(range(1000), key=lambda position: -int(names[position][4:-4]))
+    foreseen, wasted = walk(Siblings(names), order)
+    assert foreseen >= 985
+    assert wasted == 0
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_several_readers_share_one_listing(step: int) -> None:
     """Eight workers take the files in turn: opens arrive slightly out of order."""
     chance = random.Random(7)
     positions = []
@@ -53,8 +73,9 @@ def test_several_readers_share_one_listing() -> None:
         group = list(range(start, min(start + 8, 1000)))
         chance.shuffle(group)
         positions += group
-    foreseen, _ = walk(Siblings(NUMBERED), positions)
+    foreseen, wasted = walk(Siblings(NUMBERED), positions[::step])
     assert foreseen >= 950
+    assert wasted == 0
 
 
 def test_no_order_is_seen_in_a_shuffled_one() -> None:

@@ -2,8 +2,9 @@
 
 A data loader opens thousands of small files; each costs a round trip unless the next ones are fetched meanwhile. This mount
 knows all names in advance, so it only has to recognise the *order*: that of the listing, that of the sorted names, or that
-of the numbers in the names. Each candidate order keeps a head (the furthest open that fitted) and a run (how many fitted in
-a row). The order with the longest run is believed, and as little as its run deserves: 4 files after the second fit, doubling.
+of the numbers in the names, each from its beginning or from its end. Each candidate order keeps a head (the furthest open that
+fitted) and a run (how many fitted in a row). The order with the longest run is believed, and as little as its run deserves: 4
+files after the second fit, doubling.
 
 One open that fits no order ends all belief at once. Where there is none to believe in, `model.shuffle` looks whether all files
 are opened, in no order. Several
@@ -27,18 +28,20 @@ REACH_FILES = 12
 """How far ahead of the head an open may be and still fit: that many readers may share one listing."""
 
 SORTED_FILES_MAX = 300_000
-"""Directories with more files are followed in the order of the listing only: sorting them would stall the loop."""
+"""Directories with more files are followed in the order of the listing only, either way: sorting them would stall the loop."""
 
 _DIGITS = re.compile(rb"(\d+)")
 
 
 class _Order:
-    """One candidate: `ranks[position]` and its inverse (None: the identity), and how well it has fitted."""
+    """One candidate: `ranks[position]` and its inverse (None: the identity), counted from the end where `last` is the last rank,
+    and how well it has fitted."""
 
-    __slots__ = ("head", "inverse", "planned", "ranks", "run")
+    __slots__ = ("head", "inverse", "last", "planned", "ranks", "run")
 
     def __init__(self, positions: Sequence[int] | None) -> None:
         self.inverse: Sequence[int] | None = positions
+        self.last: int | None = None
         self.ranks: Sequence[int] | None = None
         if positions is not None:
             ranks = array("I", bytes(4 * len(positions)))
@@ -49,8 +52,16 @@ class _Order:
         self.planned = 0
         self.run = 0
 
+    def backwards(self, count: int) -> _Order:
+        """The same from the end, with what it knows of the names."""
+        order = _Order(None)
+        order.inverse, order.ranks, order.last = self.inverse, self.ranks, count - 1
+        return order
+
     def observe(self, position: int) -> None:
         rank = position if self.ranks is None else self.ranks[position]
+        if self.last is not None:
+            rank = self.last - rank
         ahead = rank - self.head
         if 0 < ahead <= REACH_FILES:
             self.run += 1
@@ -71,7 +82,8 @@ class _Order:
         if start >= stop:
             return []
         self.planned = stop - 1
-        return list(range(start, stop)) if self.inverse is None else list(self.inverse[start:stop])
+        ranks = range(start, stop) if self.last is None else range(self.last - start, self.last - stop, -1)
+        return list(ranks) if self.inverse is None else [self.inverse[rank] for rank in ranks]
 
 
 class Siblings:
@@ -104,10 +116,11 @@ class Siblings:
         return best.next(self._count) if best.run >= FITS_BEFORE_BELIEF else []
 
     def _learn_orders(self) -> None:
-        """The listing's order does not fit: sort the names, once."""
+        """The listing's order does not fit: sort the names, once, and look from the end as well."""
         assert self._names is not None
         names, self._names = self._names, None
         if self._count > SORTED_FILES_MAX:
+            self._orders.append(self._orders[0].backwards(self._count))
             return
         self._shuffle = Shuffle(names)
         seen = {tuple(range(min(self._count, 64)))}
@@ -116,6 +129,7 @@ class Siblings:
             if start not in seen:
                 seen.add(start)
                 self._orders.append(_Order(array("I", positions)))
+        self._orders += [order.backwards(self._count) for order in self._orders]
 
 
 def _sorted(names: Sequence[bytes]) -> list[int]:
