@@ -20,8 +20,9 @@ One pass over a file, say over a column of it, needs nothing where it has been. 
 
 What is bought are the segments in which misses fell, the most missed first, and the others as well of a file of which most was
 touched, or an eighth, if it is small, as long as misses fall into them as often as chance would have it: a reader that keeps to a
-part of a file gets that part, and one that touches more than `bytes_max` in all gets nothing. So a few reads anywhere in 1 TB never
-cost more than those reads. A run of reads in order is readahead's business and starts the account anew; so does a pause.
+part of a file gets that part, of a small one with what was bought until that showed, and one that touches more than `bytes_max` in
+all gets nothing. So a few reads anywhere in 1 TB never cost more than those reads. A run of reads in order is readahead's business
+and starts the account anew; so does a pause.
 
 Pure: times are given, in seconds of any clock. Knows nothing of what is cached or in flight; who carries a piece out subtracts
 that and says when there is nothing left to order of it.
