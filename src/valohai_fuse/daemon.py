@@ -22,6 +22,7 @@ import trio
 from valohai_fuse import errors
 from valohai_fuse.allocator import keep_freed_memory
 from valohai_fuse.assembly import Fetching, open_fetching, open_workers
+from valohai_fuse.descriptors import expand_descriptor_table
 from valohai_fuse.engine.fill import FillLimits
 from valohai_fuse.engine.prefetch import InCache
 from valohai_fuse.engine.siblings import SiblingAhead
@@ -325,6 +326,7 @@ def main() -> int:
     logs.configure(settings.log_level, log_file=log_file, subject=subject, echo_level=spec.echo_level)
     block_signal()
     keep_freed_memory()
+    expand_descriptor_table()
     daemon = Daemon(spec)
     try:
         trio.run(daemon.run, report)

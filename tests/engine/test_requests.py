@@ -9,6 +9,7 @@ from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
 from valohai_fuse.model.extents import SEGMENT_BYTES, Extent
 from valohai_fuse.model.pace import PIECE_BYTES
+from valohai_fuse.model.stride import TRIED_PIECES
 from valohai_fuse.ports import Priority
 
 
@@ -58,6 +59,21 @@ def test_what_a_reader_waits_for_is_ordered_before_what_is_only_ahead_of_it() ->
             rig.store.evict(handle.object.key)
 
     run(scenario, {"big": 16 * SEGMENT_BYTES})
+
+
+def test_a_stride_is_followed_from_a_place_whose_bytes_are_there_already() -> None:
+    """The third place was fetched ahead. Had it landed when it was read, what was planned there was not begun, nor planned again:
+    of 61 places, four cost a round trip each in one mount out of twenty-five."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("big")
+        for at in range(0, 6 * SEGMENT_BYTES, 2 * SEGMENT_BYTES):
+            await rig.read(handle, at, MIB)
+            await trio.sleep(1)
+        foreseen = [order.extent.start for order in rig.fetcher.orders if order.priority is Priority.AHEAD]
+        assert sorted(foreseen[-TRIED_PIECES:]) == [2 * place * SEGMENT_BYTES for place in range(3, 3 + TRIED_PIECES)]
+
+    run(scenario, {"big": 32 * SEGMENT_BYTES})
 
 
 @pytest.mark.parametrize(("piece_bytes", "is_staged"), [(MIB, False), (SEGMENT_BYTES // 2, True)])

@@ -249,6 +249,23 @@ def test_a_store_that_wants_no_spare_connections_is_left_alone(server: socket.so
     connections.close(second)
 
 
+def test_spare_connections_do_not_delay_the_request(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at the store before the first of them is begun: somebody waits for its answer, and nobody yet for them."""
+    sockets = Sockets()
+    carrier = PlainCarrier(sockets, CurlCarrier(sockets))
+    sock = socket.create_connection(server.getsockname())
+    sock.setblocking(False)
+    with server.accept()[0] as theirs:
+        theirs.settimeout(0.1)
+        heard: list[bytes] = []
+        monkeypatch.setattr(Connections, "open_spares", lambda *_: heard.append(theirs.recv(65536)))
+        url = b"http://127.0.0.1:%d/x" % server.getsockname()[1]
+        transfer = Transfer(Order(1, url, (), b"x", SPARES_FROM_BYTES, 0, 1, None, b"/x"), nowhere, 0.0)
+        carrier._connected(transfer, sock)
+        assert [request[:8] for request in heard] == [b"GET /x H"]
+        carrier.release(transfer)
+
+
 class Sink:
     """A landing that takes everything."""
 

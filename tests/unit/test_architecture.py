@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mount": {"engine", "ports", "model", "errors", "settings"},
     "store": ADAPTER,
     "allocator": set(),
-    "fetch": ADAPTER | {"allocator"},
+    "descriptors": set(),
+    "fetch": ADAPTER | {"allocator", "descriptors"},
     "sources": ADAPTER,
     "obs": ADAPTER,
     "sandbox": {"model", "errors", "settings"},
@@ -53,7 +54,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["warming"] = {"engine", "obs", "model", "errors"}
 MAY_IMPORT["assembly"] = {"inspection", "fetch", *MAY_IMPORT["inspection"]}
 MAY_IMPORT["downloading"] = {"assembly", *MAY_IMPORT["assembly"]}
-MAY_IMPORT["daemon"] = {"mount", "warming", "occupancy", "assembly", "allocator", *MAY_IMPORT["assembly"]}
+MAY_IMPORT["daemon"] = {
+    "mount",
+    "warming",
+    "occupancy",
+    "assembly",
+    "allocator",
+    "descriptors",
+    *MAY_IMPORT["assembly"],
+}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["daemon"], "daemon", "downloading", "supervisor", "sandbox"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["__init__"] = set()

@@ -271,6 +271,7 @@ class Reader:
         self._metrics.count("hit_bytes", len(extent))
         if plan.is_scattered:
             self._fill.on_hit(handle.object, plan)
+            self._begin_elsewhere(handle.object, plan)
         else:
             self._loads.on_hit(handle, extent)
             self._look_ahead(handle.object, handle, plan)
@@ -287,6 +288,9 @@ class Reader:
         for extent in wanted:
             if extent:
                 self._begin_ahead(obj, extent, staged=True)
+        self._begin_elsewhere(obj, plan)
+
+    def _begin_elsewhere(self, obj: RemoteObject, plan: Plan) -> None:
         for extent in plan.elsewhere:
             # In memory a small one would take a whole segment, and few would be there when they are read.
             self._begin_ahead(obj, extent, staged=len(extent) >= SEGMENT_BYTES // 2)

@@ -138,9 +138,9 @@ class PlainCarrier:
         if not connection.is_counted:
             connection.is_counted = True
             transfer.connections_new += 1
-        if transfer.order.size >= SPARES_FROM_BYTES:
-            self._connections.open_spares(connection, now_s)
         self._send(connection, transfer)
+        if transfer.order.size >= SPARES_FROM_BYTES and connection.transfer is transfer:
+            self._connections.open_spares(connection, now_s)  # a millisecond, so not before somebody's request
         if connection.unsent and connection.transfer is transfer:
             self._sockets.watch(connection.fd, self._told, select.EPOLLIN | select.EPOLLOUT)
 

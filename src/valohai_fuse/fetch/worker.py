@@ -25,6 +25,7 @@ from typing import Final
 import msgspec
 
 from valohai_fuse.allocator import keep_freed_memory
+from valohai_fuse.descriptors import expand_descriptor_table
 from valohai_fuse.fetch.behind import Job, WriteBehind
 from valohai_fuse.fetch.curl import CurlCarrier
 from valohai_fuse.fetch.plain import PlainCarrier
@@ -292,6 +293,7 @@ def main() -> None:
     """Serves the socket whose descriptor is the one argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's business; it closes the socket
     keep_freed_memory()
+    expand_descriptor_table()
     with socket.socket(fileno=int(sys.argv[1])) as control:
         control.set_inheritable(False)
         try:

@@ -1,7 +1,7 @@
 """Readers that jump by the same distance each time: every 17th MiB, one column of a row-major array, from the end backwards.
 
 Each new place where a reader begins is compared with the last two. Three jumps alike make a stride; then the next places are
-planned before they are asked for, twice as many as it has come to so far, each as long as the pieces before it. Two jumps
+planned before they are asked for, three times as many as it has come to so far, each as long as the pieces before it. Two jumps
 alike are worth a try with TRIED_PIECES, which also opens the connections that the stride will want. One jump that differs ends
 it. Random offsets hardly ever jump by the same distance twice in a row.
 
@@ -20,6 +20,9 @@ JUMPS_ALIKE_MIN = 2
 
 TRIED_PIECES = 4
 """Planned upon the first repetition, when three places are or were read."""
+
+PLANNED_PER_PLACE = 3
+"""Once it is believed: what a stride that ends has fetched in vain, at the most."""
 
 FIRST_PIECE_BYTES_MIN = 256 * 1024
 """Who reads less at the beginning has read a header, and jumps to what that says."""
@@ -74,10 +77,8 @@ class Stride:
         if not self._piece_bytes or abs(jump) < self._piece_bytes:
             return []
         places = self._alike + 2
-        wanted = 2 * places if self.believed else TRIED_PIECES
+        wanted = PLANNED_PER_PLACE * places if self.believed else TRIED_PIECES
         wanted = min(PIECES_MAX, wanted, budget_bytes // self._piece_bytes)
-        if self._planned > wanted // 2:
-            return []
         return self._pieces(wanted, self._piece_bytes)
 
     def _pieces(self, upto: int, piece_bytes: int) -> list[Extent]:
