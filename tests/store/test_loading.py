@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,6 @@ from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, NotHere, ObjectKey
 from valohai_fuse.store import loading
 from valohai_fuse.store.calls import DiskCalls
-from valohai_fuse.store.huge import HugePages
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.opened import OpenSegment
 from valohai_fuse.store.segments import SegmentStore
@@ -175,13 +175,13 @@ def test_a_file_that_is_evicted_or_cut_short_while_it_is_loaded(
     land(store, nth(0), nth(1))
     whole = loading.load_segment
 
-    def unlinked(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
+    def unlinked(source: OpenSegment, version: str, into: OpenSegment, *rest: Any) -> int:
         os.unlink(segment_path(store, KEY, 0))
-        return whole(source, version, into, pages)
+        return whole(source, version, into, *rest)
 
-    def shortened(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
+    def shortened(source: OpenSegment, version: str, into: OpenSegment, *rest: Any) -> int:
         os.truncate(segment_path(store, KEY, SEGMENT_BYTES), FULL // 2)
-        return whole(source, version, into, pages)
+        return whole(source, version, into, *rest)
 
     monkeypatch.setattr(loading, "load_segment", unlinked)
     assert load(store, 0) == [True]
@@ -230,10 +230,10 @@ def test_a_load_that_is_cancelled_keeps_its_memory_until_the_disk_has_answered(
     whole = loading.load_segment
     began, answers = trio.Event(), threading.Event()
 
-    def slow(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
+    def slow(source: OpenSegment, version: str, into: OpenSegment, *rest: Any) -> int:
         trio.from_thread.run_sync(began.set)
         answers.wait(30)
-        return whole(source, version, into, pages)
+        return whole(source, version, into, *rest)
 
     async def main() -> None:
         with trio.CancelScope() as scope:
@@ -262,7 +262,7 @@ def test_a_file_system_without_direct_reads_is_asked_once(
     land(store, nth(0))
     tried = []
 
-    def refuses(source: OpenSegment, version: str, into: OpenSegment, pages: HugePages) -> int:
+    def refuses(source: OpenSegment, version: str, into: OpenSegment, *rest: Any) -> int:
         tried.append(1)
         raise OSError(number, os.strerror(number))
 

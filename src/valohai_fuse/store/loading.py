@@ -25,11 +25,12 @@ from valohai_fuse.model import segment
 from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES
 from valohai_fuse.ports import Version
 from valohai_fuse.store.huge import HugePages
+from valohai_fuse.store.in_turn import Piece, ReadsInTurn
 from valohai_fuse.store.memory import Held
 from valohai_fuse.store.opened import Contents, OpenSegment
 from valohai_fuse.store.places import Place, Places
 
-THREADS: Final = 5
+THREADS: Final = 8
 _PIECE_BYTES: Final = 2 * 1024 * 1024
 """Per system call. One disk gave 2,200 to 2,700 MiB/s in pieces of 1 to 4 MiB and 620 to 1,800 in pieces of 8 MiB."""
 
@@ -42,6 +43,8 @@ class Loading:
         self._possible = possible
         self._limiter = trio.CapacityLimiter(THREADS)
         self._pages = HugePages()
+        self._reads = ReadsInTurn()
+        self._turn = 0
 
     async def load(self, place: Place, version: Version) -> bool:
         """See `ports.BlockStore`. Cancelled, it leaves a thread behind that gives the memory back when the disk answers."""
@@ -55,16 +58,17 @@ class Loading:
         into = self._places.begin_loading(place)
         if into is None:
             return self._places.is_in_memory(place)
+        self._turn += 1
         return await trio.to_thread.run_sync(
-            self._load, place, version, into, abandon_on_cancel=True, limiter=self._limiter
+            self._load, place, version, into, self._turn, abandon_on_cancel=True, limiter=self._limiter
         )
 
-    def _load(self, place: Place, version: Version, into: Held) -> bool:
+    def _load(self, place: Place, version: Version, into: Held, turn: int) -> bool:
         blocks = 0
         try:
             source = self._places.file(place)
             if source is not None:
-                blocks = load_segment(source, version, into.opened, self._pages)
+                blocks = load_segment(source, version, into.opened, self._pages, self._reads, turn)
         except OSError as error:
             # Whatever else it is, the reader comes to it by the usual way, and there it is dealt with.
             if error.errno in {errno.EINVAL, errno.EOPNOTSUPP}:
@@ -74,9 +78,11 @@ class Loading:
         return blocks == SEGMENT_BLOCKS
 
 
-def load_segment(source: OpenSegment, version: Version, into: OpenSegment, pages: HugePages) -> int:
-    """Copies what `source`, a file, has of `version` to the empty memory segment `into`. Returns how many blocks; 0 when there is
-    nothing to copy, or no use in it, for the page cache has it.
+def load_segment(
+    source: OpenSegment, version: Version, into: OpenSegment, pages: HugePages, reads: ReadsInTurn, turn: int
+) -> int:
+    """Copies what `source`, a file, has of `version` to the empty memory segment `into`, in its turn. Returns how many blocks;
+    0 when there is nothing to copy, or no use in it, for the page cache has it.
 
     Raises OSError, EINVAL from a file system without direct reads.
     """
@@ -94,13 +100,8 @@ def load_segment(source: OpenSegment, version: Version, into: OpenSegment, pages
         pages.collapse(into.room, 0, len(into.room))
         os.pwrite(into.fd, segment.encode_header(into.key.stable_id, into.key.size, into.index, version), 0)
         runs = list(_runs(contents))
-        for first, stop in runs:
-            at, end = (segment.DATA_OFFSET + block * BLOCK_BYTES for block in (first, stop))
-            while at < end:
-                piece_bytes = min(_PIECE_BYTES, end - at)
-                if os.preadv(fd, [into.room[at : at + piece_bytes]], at) < piece_bytes:
-                    return 0
-                at += piece_bytes
+        if not reads.read(turn, fd, into.room, _pieces(runs)):
+            return 0
     finally:
         os.close(fd)
     for first, stop in runs:
@@ -118,6 +119,13 @@ def _runs(contents: Contents) -> Iterator[tuple[int, int]]:
             if block > first:
                 yield first, block
             first = block + 1
+
+
+def _pieces(runs: list[tuple[int, int]]) -> Iterator[Piece]:
+    for run in runs:
+        start, end = (segment.DATA_OFFSET + block * BLOCK_BYTES for block in run)
+        for at in range(start, end, _PIECE_BYTES):
+            yield at, min(at + _PIECE_BYTES, end)
 
 
 def _is_warm(fd: int) -> bool:
