@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def _run_target(
             if workload.profile is not found.representative(workload):
                 continue
             done = [trial.run_target(bench, workload, target) for _ in range(arguments.runs)]
-            sys.stdout.write(report.text_of(workload, {str(target): [dict(m) for m in done]}) + "\n\n")
+            shown = replace(workload, title=found.title(workload, selection))
+            sys.stdout.write(report.text_of(shown, {str(target): [dict(m) for m in done]}) + "\n\n")
     return 0
 
 
@@ -201,7 +203,7 @@ def _profile(arguments: argparse.Namespace) -> int:
             for workload in [w for w in WORKLOADS if w.name in profiling.PROFILED]:
                 profiler = profiling.Profiler()
                 metrics = trial.run(bench, workload, ours, watch=profiler.watch)
-                profile = profiling.per_unit(profiler.shares, metrics, by_file=workload.metric == "files_s")
+                profile = profiling.per_unit(profiler.shares, metrics, metric=workload.metric)
                 profile["date"] = dt.datetime.now(dt.UTC).date().isoformat()
                 results.setdefault("profiles", {})[workload.name] = profile
                 header, lines = profiling.rows(profile)

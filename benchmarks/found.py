@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.dataset import MIB, DataFile
 from benchmarks.store import NEAR, REGION, Profile
-from benchmarks.workloads import NAMES_ONLY, Selection, Workload
+from benchmarks.workloads import COLD, NAMES_ONLY, Selection, Workload
 
 _SMALL_MAX_BYTES = MIB
 _SMALL_COUNT_MAX = 1000
@@ -54,6 +54,25 @@ def suits(workload: Workload, selection: Selection) -> bool:
         return selection.name_count > 0
     files = workload.files(selection)
     return len(files) > (1 if workload.task.get("primed") else 0)
+
+
+def title(workload: Workload, selection: Selection) -> str:
+    """What is read here, in place of what the bench's own data set would have been."""
+    task = workload.task
+    if task["pattern"] in NAMES_ONLY:
+        return f"{task['pattern']}, {_counted(selection.name_count)}"
+    files = workload.files(selection)
+    parts = [f"{task['pattern']} in pieces of {task['block_bytes'] // 1024:,} KiB"]
+    if step_bytes := task.get("step_bytes"):
+        parts.append(f"one of every {step_bytes // 1024:,} KiB")
+    if task["threads"] > 1:
+        parts.append(f"{task['threads']} threads")
+    parts.append(f"{_counted(len(files))} of {sum(f.size for f in files) / MIB:,.1f} MiB in all")
+    return ", ".join([*parts, *(["again"] if workload.state != COLD else [])])
+
+
+def _counted(files: int) -> str:
+    return f"{files:,} {'file' if files == 1 else 'files'}"
 
 
 def representative(workload: Workload) -> Profile:

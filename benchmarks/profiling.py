@@ -1,8 +1,8 @@
 """`scripts/bench profile`: where the processor time of a mount goes, by process and by what it does.
 
 perf samples all processors while the reader reads; each sample belongs to a process of the bench (the mount's daemon, its
-workers, the store, the reader) and, by its symbol, to one of KINDS. Sums are CPU seconds per GiB, or per 10,000 files. What
-no implementation gets around on this kernel (sockets, copies in and out of the kernel, FUSE, the disk) is the *floor*.
+workers, the store, the reader) and, by its symbol, to one of KINDS. Sums are CPU seconds per GiB, or per 10,000 files or
+reads. What no implementation gets around on this kernel (sockets, copies in and out of the kernel, FUSE, the disk) is the *floor*.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.meters import Tree
 
 RATE_HZ: Final = 1999
-PROFILED: Final = ("seq-region", "seq-capped", "seq-tls", "files-4", "seq-warm-dropped", "small-order-1")
-FILES_PER_UNIT: Final = 10_000
+PROFILED: Final = (
+    *("seq-region", "seq-capped", "seq-tls", "files-4", "seq-warm-kept", "seq-warm-dropped"),
+    *("random-warm-1", "small-order-1", "find-warm"),
+)
+PER_UNIT: Final = 10_000
+"""Files or reads."""
+_READER: Final = "reader"
 
 KINDS: Final[tuple[tuple[str, str, str], ...]] = (
     # (name, what its symbol looks like, what its object looks like); the first that fits
@@ -34,6 +39,11 @@ KINDS: Final[tuple[tuple[str, str, str], ...]] = (
         r"\[k",
     ),
     ("kernel: FUSE", r"^(__)?fuse_", r"\[k"),
+    (
+        "kernel: names",
+        r"^(__)?(d_|dput|lookup|link_path|walk|path_|filename|getname|putname)|statx|getattr|getdents|readdir|filldir|permission|lockref",
+        r"\[k",
+    ),
     (
         "kernel: copies and pages",
         r"copy|memcpy|memset|clear_page|rep_movs|folio|filemap|page|shmem|lru_|xa[rs]_|__alloc|free_|iov_iter|zap_|vma",
@@ -49,7 +59,7 @@ KINDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("Python and extensions", r"", r"python|\.so|cpython|\[vdso"),
     ("other", r"", r""),
 )
-FLOOR: Final = ("kernel: sockets", "kernel: FUSE", "kernel: copies and pages", "kernel: disk")
+FLOOR: Final = ("kernel: sockets", "kernel: FUSE", "kernel: names", "kernel: copies and pages", "kernel: disk")
 
 Shares = dict[str, dict[str, float]]
 """Process -> kind -> CPU seconds."""
@@ -66,12 +76,17 @@ def kind_of(symbol: str, shared_object: str) -> str:
     )
 
 
-def sums(script: str, roles: Mapping[int, str]) -> Shares:
-    """From `perf script -F pid,ip,sym,dso` without call chains; processes that have no role are left out."""
+def sums(script: str, roles: Mapping[int, str], older: Container[int]) -> Shares:
+    """From `perf script -F pid,ip,sym,dso` without call chains; processes that have no role are left out, those that are not in
+    `older` are the reader's."""
     counted: dict[str, Counter[str]] = {}
     for line in script.splitlines():
         match = _SAMPLE.match(line)
-        if match is None or (role := roles.get(int(match["pid"]))) is None:
+        if match is None:
+            continue
+        pid = int(match["pid"])
+        role = roles.get(pid, None if pid in older else _READER)
+        if role is None:
             continue
         symbol = match["symbol"].partition(" ")[2] or match["symbol"]
         counted.setdefault(role, Counter())[kind_of(symbol.partition("+")[0], match["object"])] += 1
@@ -93,6 +108,7 @@ class Profiler:
             with subprocess.Popen([*record, "--", "sleep", "600"], stderr=subprocess.DEVNULL) as perf:
                 time.sleep(0.5)  # until it samples; it does not say when
                 roles: dict[int, str] = {}
+                older = {0, *_pids()}
                 try:
                     yield
                     roles = _roles(tree)
@@ -103,13 +119,17 @@ class Profiler:
             done = subprocess.run(fields, check=False, capture_output=True, text=True)
             if done.returncode != 0 or not done.stdout:
                 raise RuntimeError("perf has no samples: run as root, with linux-perf installed")
-            self.shares = sums(done.stdout, roles)
+            self.shares = sums(done.stdout, roles, older)
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _roles(tree: Tree) -> dict[int, str]:
     """What the processes of the mount and of the store are, by process id."""
     roles = {}
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+    for pid in _pids():
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
             if pid in tree.pids():
@@ -127,13 +147,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def per_unit(shares: Shares, metrics: Mapping[str, float], *, by_file: bool) -> dict[str, Any]:
-    """CPU seconds per GiB, or per 10,000 files; the reader's own beside them."""
-    files, read_gib = metrics["files_s"] * metrics["elapsed_s"], metrics["mb_s"] * metrics["elapsed_s"] * 1e6 / 2**30
-    units = files / FILES_PER_UNIT if by_file else read_gib
-    shares = shares | {"reader": {"its own": metrics["reader_cpu_s"]}}
+def per_unit(shares: Shares, metrics: Mapping[str, float], *, metric: str) -> dict[str, Any]:
+    """CPU seconds per GiB, per 10,000 files or per 10,000 reads, by what the workload's `metric` is."""
+    units, unit = {
+        "mb_s": (metrics["mb_s"] * metrics["elapsed_s"] * 1e6 / 2**30, "GiB"),
+        "files_s": (metrics["files_s"] * metrics["elapsed_s"] / PER_UNIT, f"{PER_UNIT:,} files"),
+        "elapsed_s": (metrics["reads_s"] * metrics["elapsed_s"] / PER_UNIT, f"{PER_UNIT:,} reads"),
+    }[metric]
     return {
-        "unit": f"{FILES_PER_UNIT:,} files" if by_file else "GiB",
+        "unit": unit,
         "shares": {role: {kind: s / units for kind, s in kinds.items()} for role, kinds in shares.items()},
     }
 
@@ -141,10 +163,8 @@ def per_unit(shares: Shares, metrics: Mapping[str, float], *, by_file: bool) -> 
 def rows(profile: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A table: kinds down, processes across; the floor and the sum below."""
     shares: Shares = profile["shares"]
-    roles = [role for role in ("daemon", "worker", "store", "reader") if role in shares]
-    names = [
-        name for name in (*(name for name, _, _ in KINDS), "its own") if any(name in shares[role] for role in roles)
-    ]
+    roles = [role for role in ("daemon", "worker", "store", _READER) if role in shares]
+    names = [name for name, _, _ in KINDS if any(name in shares[role] for role in roles)]
     lines = [[name, *(_seconds(shares[role].get(name, 0.0)) for role in roles)] for name in names]
     floor = [sum(shares[role].get(name, 0.0) for name in FLOOR) for role in roles]
     lines.append(["**floor**", *map(_seconds, floor)])

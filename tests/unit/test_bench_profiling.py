@@ -10,6 +10,7 @@ SCRIPT = """\
  100  ffffffff8220107c tcp_recvmsg_locked ([kernel.kallsyms])
  200  ffffffff8220107c tcp_recvmsg_locked ([kernel.kallsyms])
  300  ffffffff8220107c tcp_recvmsg_locked ([kernel.kallsyms])
+ 400  ffffffff8220107c __d_lookup_rcu ([kernel.kallsyms])
 nonsense
  100      564c4329a297 [unknown] (/usr/bin/dpkg-query)
 """
@@ -34,19 +35,27 @@ def test_a_sample_is_of_one_kind(symbol: str, shared_object: str, kind: str) -> 
 
 
 def test_samples_are_added_up_by_process() -> None:
-    """Only those of the bench's own processes."""
-    shares = sums(SCRIPT, {100: "daemon", 200: "worker"})
+    """Only those of the bench's own processes; what began to run meanwhile is the reader."""
+    shares = sums(SCRIPT, {100: "daemon", 200: "worker"}, {0, 100, 300})
     assert shares == {
         "daemon": {"hashing": 1 / RATE_HZ, "kernel: sockets": 1 / RATE_HZ, "other": 1 / RATE_HZ},
         "worker": {"kernel: sockets": 1 / RATE_HZ},
+        "reader": {"kernel: names": 1 / RATE_HZ},
     }
 
 
 def test_the_table_has_floor_and_sum() -> None:
-    """Per GiB, or per 10,000 files."""
-    shares = {"daemon": {"hashing": 1.0, "kernel: sockets": 3.0}, "worker": {"kernel: FUSE": 0.5}}
-    metrics = {"mb_s": 2**31 / 1e6, "elapsed_s": 1.0, "files_s": 100.0, "reader_cpu_s": 0.4}
-    header, lines = rows(per_unit(shares, metrics, by_file=False))
+    """Per GiB, per 10,000 files or reads."""
+    shares = {
+        "daemon": {"hashing": 1.0, "kernel: sockets": 3.0},
+        "worker": {"kernel: FUSE": 0.5},
+        "reader": {"other": 0.4},
+    }
+    metrics = {"mb_s": 2**31 / 1e6, "elapsed_s": 1.0, "files_s": 100.0, "reads_s": 1000.0}
+    header, lines = rows(per_unit(shares, metrics, metric="mb_s"))
     assert header == ["CPU s per GiB", "daemon", "worker", "reader"]
     assert lines[-2:] == [["**floor**", "1.50", "0.25", "-"], ["**sum**", "2.00", "0.25", "0.20"]]
-    assert per_unit(shares, metrics, by_file=True)["shares"]["daemon"]["hashing"] == pytest.approx(100)
+    assert per_unit(shares, metrics, metric="files_s")["shares"]["daemon"]["hashing"] == pytest.approx(100)
+    by_read = per_unit(shares, metrics, metric="elapsed_s")
+    assert by_read["unit"] == "10,000 reads"
+    assert by_read["shares"]["daemon"]["hashing"] == pytest.approx(10)

@@ -81,7 +81,7 @@ def test_what_was_missed_is_shown_with_its_reason_and_what_the_processors_allow(
     daemon = {"kernel: sockets": 0.3, "Python and extensions": 0.4}
     results["machine"] = "2 cores of something"
     results["profiles"] = {
-        "seq-region": {"date": "d", "unit": "GiB", "shares": {"daemon": daemon, "reader": {"its own": 0.3}}}
+        "seq-region": {"date": "d", "unit": "GiB", "shares": {"daemon": daemon, "reader": {"other": 0.3}}}
     }
     page = report.page(results)
     assert "| `seq-region` | MB/s at least 2 x best (has 1.61 x rclone) | 2,147 MB/s | 3,579 MB/s | 5,000 |" in page
@@ -221,6 +221,20 @@ def test_any_directory_can_be_a_target(tmp_path: Path) -> None:
     assert found.suits(_BY_NAME["seq-region"], selection)
     assert not found.suits(_BY_NAME["zip-random"], selection)
     assert not found.suits(_BY_NAME["first-byte"], selection)
+
+
+def test_what_is_read_of_a_target_is_told_by_its_own_sizes(tmp_path: Path) -> None:
+    (tmp_path / "large.bin").write_bytes(bytes(3 << 19))
+    selection = found.below(tmp_path, reads=10)
+    titles = {
+        name: found.title(_BY_NAME[name], selection) for name in ("seq-region", "stride", "random-4k-8", "find-warm")
+    }
+    assert titles == {
+        "seq-region": "forward in pieces of 1,024 KiB, 1 file of 1.5 MiB in all",
+        "stride": "forward in pieces of 128 KiB, one of every 4,096 KiB, 1 file of 1.5 MiB in all",
+        "random-4k-8": "random in pieces of 4 KiB, 8 threads, 1 file of 1.5 MiB in all",
+        "find-warm": "find, 1 file",
+    }
 
 
 def test_the_bench_of_the_cache_runs_and_keeps_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
