@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import cache, found, profiling, provision, report, trial
 from benchmarks.dataset import FULL, QUICK, Dataset
-from benchmarks.peers import OURS, PEERS, Peer, PeerFailedError, Place
+from benchmarks.peers import OURS, PEERS, PLAIN, Peer, PeerFailedError, Place
 from benchmarks.say import say
 from benchmarks.store import REGION, Store
 from benchmarks.trial import Bench
@@ -185,11 +185,10 @@ def main(argv: list[str]) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    """One profiled trial of ours on each of `profiling.PROFILED`."""
+    """One profiled trial of ours on each of `profiling.PROFILED`, and of the local directory on some."""
     work = _WORK_DIR / ("quick" if arguments.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    ours = next(peer for peer in PEERS if peer.name == OURS)
-    work.mkdir(parents=True, exist_ok=True)
+    by_name = {peer.name: peer for peer in PEERS}
     provision.spread(work)
     with _alone(_WORK_DIR):
         tools = provision.provision(_WORK_DIR, extra=("perf",))
@@ -201,13 +200,14 @@ def _profile(arguments: argparse.Namespace) -> int:
         with Store(work / "nginx", dataset.root) as store:
             bench = Bench(tools, store, selection, dataset.inputs(), work, arguments.quick)
             for workload in [w for w in WORKLOADS if w.name in profiling.PROFILED]:
-                profiler = profiling.Profiler()
-                metrics = trial.run(bench, workload, ours, watch=profiler.watch)
-                profile = profiling.per_unit(profiler.shares, metrics, metric=workload.metric)
-                profile["date"] = dt.datetime.now(dt.UTC).date().isoformat()
-                results.setdefault("profiles", {})[workload.name] = profile
-                header, lines = profiling.rows(profile)
-                sys.stdout.write(f"== {workload.name}: {workload.title}\n{report.table(header, lines)}\n\n")
+                for peer in (OURS, *([PLAIN] if workload.name in profiling.BESIDE else [])):
+                    profiler = profiling.Profiler()
+                    metrics = trial.run(bench, workload, by_name[peer], watch=profiler.watch)
+                    profile = profiling.per_unit(profiler.shares, metrics, metric=workload.metric)
+                    profile["date"] = dt.datetime.now(dt.UTC).date().isoformat()
+                    results.setdefault("profiles", {}).setdefault(workload.name, {})[peer] = profile
+                    header, lines = profiling.rows(profile)
+                    sys.stdout.write(f"== {workload.name}, {peer}\n{report.table(header, lines)}\n\n")
         if arguments.write:
             kept_path.write_text(json.dumps(results))
             for path in report.write(results, _DOCS_DIR):

@@ -27,8 +27,16 @@ PROFILED: Final = (
     *("seq-region", "seq-capped", "seq-tls", "files-4", "seq-warm-kept", "seq-warm-dropped"),
     *("random-warm-1", "small-order-1", "find-warm"),
 )
+BESIDE: Final = ("seq-warm-kept", "find-warm")
+"""Those where next to nothing is ours: the local directory is profiled, too, to show what the kernel asks for either."""
 PER_UNIT: Final = 10_000
 """Files or reads."""
+_UNITS: Final = {
+    "mb_s": ("mb_s", 2**30 / 1e6, "GiB"),
+    "files_s": ("files_s", PER_UNIT, f"{PER_UNIT:,} files"),
+    "elapsed_s": ("reads_s", PER_UNIT, f"{PER_UNIT:,} reads"),
+}
+"""A workload's metric -> the rate that counts, what of it is one unit, its name."""
 _READER: Final = "reader"
 
 KINDS: Final[tuple[tuple[str, str, str], ...]] = (
@@ -149,11 +157,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def per_unit(shares: Shares, metrics: Mapping[str, float], *, metric: str) -> dict[str, Any]:
     """CPU seconds per GiB, per 10,000 files or per 10,000 reads, by what the workload's `metric` is."""
-    units, unit = {
-        "mb_s": (metrics["mb_s"] * metrics["elapsed_s"] * 1e6 / 2**30, "GiB"),
-        "files_s": (metrics["files_s"] * metrics["elapsed_s"] / PER_UNIT, f"{PER_UNIT:,} files"),
-        "elapsed_s": (metrics["reads_s"] * metrics["elapsed_s"] / PER_UNIT, f"{PER_UNIT:,} reads"),
-    }[metric]
+    rate, per_unit, unit = _UNITS[metric]
+    units = metrics[rate] * metrics["elapsed_s"] / per_unit
     return {
         "unit": unit,
         "shares": {role: {kind: s / units for kind, s in kinds.items()} for role, kinds in shares.items()},
@@ -181,4 +186,4 @@ def busy_and_floor(profile: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.005 else "-"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.0005 else "-"

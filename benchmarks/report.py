@@ -188,8 +188,9 @@ def page(results: Mapping[str, Any]) -> str:
 
 _PROFILES = """\
 Sampled by `scripts/bench profile --write`: one trial of ours on each workload, by process and by what the innermost
-function does. An interrupt counts for whoever it interrupts. The *floor* is what the kernel alone costs, whoever asks
-it: sockets, copies in and out, page cache, FUSE, disk.
+function does; where next to nothing is ours, the same reader in the local directory beside it (`plain`). An interrupt counts
+for whoever it interrupts. The *floor* is what the kernel alone costs, whoever asks it: sockets, copies in and out, page
+cache, names, FUSE, disk.
 """
 
 
@@ -200,8 +201,9 @@ def _profiles(results: Mapping[str, Any]) -> list[str]:
         return []
     parts = ["## Where the processor time goes\n", _PROFILES]
     for workload in [w for w in WORKLOADS if w.name in found]:
-        parts += [f"### {workload.title}\n", f"`{workload.name}`, {found[workload.name]['date']}.\n"]
-        parts.append(_markdown(*profiling.rows(found[workload.name])))
+        parts.append(f"### {workload.title}\n")
+        for peer, profile in found[workload.name].items():
+            parts += [f"`{workload.name}`, {peer}, {profile['date']}.\n", _markdown(*profiling.rows(profile))]
     return parts
 
 
@@ -280,7 +282,7 @@ def _missed(workloads: list[Workload], results: Mapping[str, Any]) -> list[str]:
 
 def _ceiling(results: Mapping[str, Any], workload: Workload, *, floor: bool) -> str:
     """MB/s with all processors busy throughout, where there is a profile that tells."""
-    profile = results.get("profiles", {}).get(workload.name)
+    profile = results.get("profiles", {}).get(workload.name, {}).get(OURS)
     if profile is None or workload.metric != "mb_s":
         return "-"
     cores = int(results["machine"].split()[0])

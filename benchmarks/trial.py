@@ -85,7 +85,7 @@ def run(bench: Bench, workload: Workload, peer: Peer, *, watch: Watch = contextl
         if peer.kind == "download":
             return _download_trial(bench, workload, peer, place)
         if peer.kind == "plain":
-            return _read_trial(bench, workload, bench.store.data, Tree([]))
+            return _read_trial(bench, workload, bench.store.data, Tree([]), watch)
         with peers.running(peer, place) as tree:
             return _read_trial(bench, workload, place.inputs_dir, tree, watch)
     finally:

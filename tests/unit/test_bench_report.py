@@ -81,7 +81,7 @@ def test_what_was_missed_is_shown_with_its_reason_and_what_the_processors_allow(
     daemon = {"kernel: sockets": 0.3, "Python and extensions": 0.4}
     results["machine"] = "2 cores of something"
     results["profiles"] = {
-        "seq-region": {"date": "d", "unit": "GiB", "shares": {"daemon": daemon, "reader": {"other": 0.3}}}
+        "seq-region": {OURS: {"date": "d", "unit": "GiB", "shares": {"daemon": daemon, "reader": {"other": 0.3}}}}
     }
     page = report.page(results)
     assert "| `seq-region` | MB/s at least 2 x best (has 1.61 x rclone) | 2,147 MB/s | 3,579 MB/s | 5,000 |" in page
