@@ -231,6 +231,11 @@ class BlockStore(Protocol):
         now, and `read_nowait` has it soon. Does not wait for that."""
         ...
 
+    def expect_read(self, key: ObjectKey, extent: Extent) -> None:
+        """The same for `extent`, whole blocks, of which `missing` has said that they are present: somebody who jumps will come
+        there."""
+        ...
+
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """Has the blocks of the segment that holds byte `offset`, which somebody is about to read in order, brought from the
         disk to memory, from where `read_nowait` gives them, unless they are there. False: that is no use, or cannot be done, or

@@ -76,6 +76,30 @@ def test_a_stride_is_followed_from_a_place_whose_bytes_are_there_already() -> No
     run(scenario, {"big": 32 * SEGMENT_BYTES})
 
 
+def test_the_disk_is_told_of_a_stride_over_what_is_cached() -> None:
+    """Forwards and backwards; nothing is ordered, and what has to be fetched is not expected of the disk."""
+
+    async def scenario(rig: EngineRig) -> None:
+        handle = rig.open("big")
+        for at in range(0, len(rig.contents["big"]), MIB):
+            await rig.read(handle, at, MIB)
+        rig.reader.close(handle)
+        await trio.sleep(1)
+        orders = len(rig.fetcher.orders)
+        rig.store.cold = True
+        places = [2 * place * SEGMENT_BYTES for place in range(16)]
+        for order in (places, places[::-1]):
+            handle = rig.open("big")
+            rig.store.expected_reads.clear()
+            for at in order:
+                await rig.read(handle, at, MIB)
+            assert {extent.start for extent in rig.store.expected_reads} >= set(order[3:])
+            assert {len(extent) for extent in rig.store.expected_reads} == {MIB}
+        assert len(rig.fetcher.orders) == orders
+
+    run(scenario, {"big": 32 * SEGMENT_BYTES})
+
+
 @pytest.mark.parametrize(("piece_bytes", "is_staged"), [(MIB, False), (SEGMENT_BYTES // 2, True)])
 def test_small_pieces_of_a_stride_take_no_memory(piece_bytes: int, *, is_staged: bool) -> None:
     """Each would take a whole segment of it, and be pushed out before it is read."""

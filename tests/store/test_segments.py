@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from support.segment_paths import segment_path
 from valohai_fuse.model import segment
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent, split_by_segment
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, NotHere, ObjectKey
 from valohai_fuse.store import health
+from valohai_fuse.store.calls import DiskCalls
 from valohai_fuse.store.landing import SegmentWriter
 from valohai_fuse.store.opened import AHEAD_BYTES
 from valohai_fuse.store.places import EXPECTED_S, FAULT_MEMORY_S
@@ -510,6 +511,43 @@ def test_what_is_expected_is_in_the_page_cache_soon(store: SegmentStore) -> None
         while store.read_nowait(KEY, "v", first) is COLD and time.monotonic() < until_s:
             time.sleep(0.001)
         assert store.read_nowait(KEY, "v", first) == ramp(first)
+
+
+def test_what_a_jumping_reader_comes_to_is_in_the_page_cache_soon(store: SegmentStore) -> None:
+    """Of several segments; nothing is looked for that was not looked at before."""
+    key = ObjectKey("datum:y", 2 * SEGMENT_BYTES)
+    wanted = Extent(SEGMENT_BYTES - 2 * BLOCK_BYTES, SEGMENT_BYTES + 2 * BLOCK_BYTES)
+    for part in split_by_segment(wanted):
+        path = land(store, part, key=key)
+        fd = os.open(path, os.O_RDWR)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    store.expect_read(ObjectKey("never seen", 1), Extent(0, 1))
+    assert store.missing(key, "v", wanted) == []
+    if store.read_nowait(key, "v", wanted) is not COLD:
+        pytest.skip("this file system does not drop its pages")
+    store.expect_read(key, wanted)
+    until_s = time.monotonic() + 5
+    while store.read_nowait(key, "v", wanted) is COLD and time.monotonic() < until_s:
+        time.sleep(0.001)
+    assert store.read_nowait(key, "v", wanted) == ramp(wanted)
+
+
+@pytest.mark.parametrize("may_hang", [False, True])
+def test_a_disk_that_may_hang_is_asked_for_nothing_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, may_hang: bool
+) -> None:
+    """The event loop asks, and would hang with it."""
+    store = SegmentStore(str(tmp_path / "own"), disk=DiskCalls(may_hang=may_hang))
+    land(store)
+    assert store.missing(KEY, "v", ALL) == []
+    asked: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(fd))
+        store.expect_read(KEY, ALL)
+    assert bool(asked) is not may_hang
+    store.close()
 
 
 def test_a_file_system_that_cannot_say_is_read_in_threads(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class FakeBlockStore:
         self.load_s = 0.0
         """How long that takes."""
         self.expected: list[ObjectKey] = []
+        self.expected_reads: list[Extent] = []
         self.loads: list[int] = []
         """Offsets asked for."""
         self._loaded: set[tuple[ObjectKey, int]] = set()
@@ -113,6 +114,11 @@ class FakeBlockStore:
     def expect(self, key: ObjectKey) -> None:
         """See `ports.BlockStore`."""
         self.expected.append(key)
+
+    def expect_read(self, key: ObjectKey, extent: Extent) -> None:
+        """See `ports.BlockStore`."""
+        assert not self.missing(key, self.version(key, extent.start) or "", extent)
+        self.expected_reads.append(extent)
 
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """See `ports.BlockStore`; what was loaded stays so."""

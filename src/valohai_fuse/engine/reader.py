@@ -293,7 +293,8 @@ class Reader:
     def _begin_elsewhere(self, obj: RemoteObject, plan: Plan) -> None:
         for extent in plan.elsewhere:
             # In memory a small one would take a whole segment, and few would be there when they are read.
-            self._begin_ahead(obj, extent, staged=len(extent) >= SEGMENT_BYTES // 2)
+            if not self._begin_ahead(obj, extent, staged=len(extent) >= SEGMENT_BYTES // 2):
+                self._store.expect_read(obj.key, extent)
 
     def _put_off(self, handle: Handle, ahead: Extent) -> Extent:
         """Leaves looking at what is `ahead` to those who load it anyway: a file's table, which would have to come from the disk
@@ -319,12 +320,16 @@ class Reader:
         assert obj.version is not None
         return self._store.missing(obj.key, obj.version, wanted, to_keep=to_keep)
 
-    def _begin_ahead(self, obj: RemoteObject, wanted: Extent, *, staged: bool) -> None:
+    def _begin_ahead(self, obj: RemoteObject, wanted: Extent, *, staged: bool) -> bool:
+        """Whether any of it had to be fetched."""
+        is_begun = False
         # One after the other: a flight claims its blocks, and what another process lands between look and claim comes twice.
         for part in split_by_segment(wanted):
             for gap in self.gaps(obj, part):
                 self._metrics.count("ahead_bytes", len(gap))
                 self._flights.begin(obj, gap, Priority.AHEAD, staged=staged)
+                is_begun = True
+        return is_begun
 
     # --- seeing inside ---
 

@@ -201,6 +201,16 @@ class SegmentStore:
         if key.size:
             self._places.expect((key, 0), min(key.size, EXPECTED_BYTES))
 
+    def expect_read(self, key: ObjectKey, extent: Extent) -> None:
+        """Has the disk fetch what of `extent` lies in files that were looked at already; see `ports.BlockStore`."""
+        if self._disk.may_hang:
+            return
+        for part in split_by_segment(extent):
+            index, within = divmod(part.start, SEGMENT_BYTES)
+            opened = self._places.at_hand((key, index))
+            if opened is not None:
+                opened.ask(within // BLOCK_BYTES, len(part))
+
     async def load(self, key: ObjectKey, version: Version, offset: int) -> bool:
         """Copies the segment that holds byte `offset` from its file to memory; see `ports.BlockStore`."""
         return await self._loading.load((key, offset // SEGMENT_BYTES), version)
