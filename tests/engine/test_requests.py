@@ -68,8 +68,12 @@ def test_a_stride_is_followed_from_a_place_whose_bytes_are_there_already() -> No
     async def scenario(rig: EngineRig) -> None:
         handle = rig.open("big")
         for at in range(0, 6 * SEGMENT_BYTES, 2 * SEGMENT_BYTES):
+            alone = handle.planner.window_bytes_max
+            others = [rig.open("big") for _ in range(at // SEGMENT_BYTES)]
             await rig.read(handle, at, MIB)
             await trio.sleep(1)
+        assert handle.planner.window_bytes_max < alone, "shared with all that are open, as for any other plan"
+        assert others
         foreseen = [order.extent.start for order in rig.fetcher.orders if order.priority is Priority.AHEAD]
         assert sorted(foreseen[-TRIED_PIECES:]) == [2 * place * SEGMENT_BYTES for place in range(3, 3 + TRIED_PIECES)]
 

@@ -271,7 +271,9 @@ class Reader:
         self._metrics.count("hit_bytes", len(extent))
         if plan.is_scattered:
             self._fill.on_hit(handle.object, plan)
-            self._begin_elsewhere(handle.object, plan)
+            if plan.elsewhere:
+                self._share_window(handle)
+                self._begin_elsewhere(handle.object, plan)
         else:
             self._loads.on_hit(handle, extent)
             self._look_ahead(handle.object, handle, plan)
@@ -279,7 +281,7 @@ class Reader:
     def _look_ahead(self, obj: RemoteObject, handle: Handle, plan: Plan) -> None:
         if not plan.ahead and not plan.elsewhere and not (handle.unlooked and not handle.loaded_upto):
             return
-        handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
+        self._share_window(handle)
         wanted = [plan.ahead]
         if handle.loaded_upto and not obj.flights:
             wanted = [self._put_off(handle, plan.ahead)]
@@ -289,6 +291,10 @@ class Reader:
             if extent:
                 self._begin_ahead(obj, extent, staged=True)
         self._begin_elsewhere(obj, plan)
+
+    def _share_window(self, handle: Handle) -> None:
+        """For the plans to come."""
+        handle.planner.window_bytes_max = min(self._window_bytes_max, self._window_bytes_total // max(1, self._handles))
 
     def _begin_elsewhere(self, obj: RemoteObject, plan: Plan) -> None:
         for extent in plan.elsewhere:
