@@ -192,6 +192,23 @@ def test_a_file_that_is_evicted_or_cut_short_while_it_is_loaded(
     assert read(store, nth(1)) is ABSENT
 
 
+def test_loads_have_turns_in_the_order_in_which_they_are_begun(
+    store: SegmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all objects: what was begun first is what a reader comes to first."""
+    land(store, nth(0), nth(1), nth(2))
+    turns: list[int] = []
+    whole = loading.load_segment
+
+    def noted(source: OpenSegment, version: str, into: OpenSegment, *rest: Any) -> int:
+        turns.append(rest[-1])
+        return whole(source, version, into, *rest)
+
+    monkeypatch.setattr(loading, "load_segment", noted)
+    assert load(store, 2, 0, 1) == [True] * 3
+    assert turns == sorted(set(turns))
+
+
 def test_a_worker_that_lands_meanwhile_lands_in_the_file(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half is on the disk and is loaded; the other half is fetched at the same time, and both are read."""
     half = Extent(0, SEGMENT_BYTES // 2)
