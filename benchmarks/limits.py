@@ -27,8 +27,8 @@ nothing, is a few per cent away. It would take a third processor, or a store tha
 nothing of ours runs, the CPU of the mount is 0, and the reader is busy all the time, in the kernel's copies and pages but for
 the fifth that is its own Python (profile below, beside that of the local directory). The kernel keeps a FUSE file in single
 pages and ext4's in large folios, which shows where memory is quick: on one day a file on ext4 was read at 30,000 MB/s, the same
-on a tmpfs of single pages at 16,000. On another, with slower memory (a plain file at 7,100), the mount reached 0.94 of it. It
-would take FUSE in large folios.""",
+on a tmpfs of single pages at 16,000. On another, with slower memory (a plain file at 7,100), the mount reached 0.94 of it. *Busy*
+is no bound here: one reader has one processor. It would take FUSE in large folios.""",
     "random-4k-8": """\
 the first misses cost a round trip each, until a file has proved worth completing; a peer that fetches all that lies behind each
 read has the file sooner, for more than twice the bytes (column fetched/read) and at any number of reads.""",

@@ -140,7 +140,7 @@ class PlainCarrier:
             transfer.connections_new += 1
         self._send(connection, transfer)
         if transfer.order.size >= SPARES_FROM_BYTES and connection.transfer is transfer:
-            self._connections.open_spares(connection, now_s)  # a millisecond, so not before somebody's request
+            self._connections.open_spares(connection, now_s)  # many system calls: not before the request
         if connection.unsent and connection.transfer is transfer:
             self._sockets.watch(connection.fd, self._told, select.EPOLLIN | select.EPOLLOUT)
 

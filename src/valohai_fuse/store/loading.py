@@ -7,7 +7,8 @@ others use, and the disk is asked for pieces of the size that suits it.
 What is loaded is a copy of the file, table and all: each read of it is verified as ever, and what does not verify is looked for
 in the file itself.
 
-Threads: `load` belongs to the event loop, `load_segment` runs in threads of a limiter of its own.
+Threads: `load` belongs to the event loop, `load_segment` runs in threads of a limiter of its own, which read the pieces of
+each other's segments, in the order in which the loads were begun (`in_turn`).
 """
 
 from __future__ import annotations
