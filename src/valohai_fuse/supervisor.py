@@ -90,14 +90,12 @@ class _Daemon:
         self.received = bytearray()
         self.record = record
         self.report: Report | None = None
+        # Set by `_ended` alone. `process.returncode` may be there earlier: `Popen.terminate` reaps a process that is dead already.
+        self.is_gone = False
 
     @property
     def mountpoint(self) -> str:
         return self.planned.spec.mountpoint
-
-    @property
-    def is_gone(self) -> bool:
-        return self.process.returncode is not None
 
 
 class Supervisor:
@@ -328,6 +326,7 @@ class Supervisor:
                 self._ended(daemon)
 
     def _ended(self, daemon: _Daemon) -> None:
+        daemon.is_gone = True
         if daemon.report_fd is not None:
             self._read_report(daemon)
         status = daemon.process.returncode

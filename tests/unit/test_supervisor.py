@@ -44,13 +44,19 @@ while True:
         break
 """
 DRIVER = """
-import sys, msgspec
+import os, signal, sys, msgspec
 from valohai_fuse import supervisor
+from valohai_fuse.obs.runtime_dir import RuntimeDir
 plan = msgspec.json.decode(open(int(sys.argv[1]), "rb").read(), type=supervisor.Plan)
 def tell(reports):
     sys.stdout.buffer.write(msgspec.json.encode(reports) + b"\\n")
     sys.stdout.flush()
-sys.exit(supervisor.Supervisor(plan, on_start=tell, lifeline=int(sys.argv[2]), daemon_command=[sys.executable, sys.argv[3]]).run())
+def kill_the_doomed():
+    for record in RuntimeDir(plan.runtime_dir).records():
+        if record.inputs == ("doomed",):
+            os.kill(record.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOWAIT)
+sys.exit(supervisor.Supervisor(plan, on_start=tell, on_stop=kill_the_doomed, lifeline=int(sys.argv[2]), daemon_command=[sys.executable, sys.argv[3]]).run())
 """
 
 
@@ -171,6 +177,16 @@ def test_a_crash_is_told_in_the_log_and_leaves_the_others_alone(tmp_path: Path) 
         assert is_running(second)
         running.process.terminate()
         assert running.end() == 1
+
+
+def test_a_crash_in_the_moment_of_the_stop_is_told_too(tmp_path: Path) -> None:
+    """The daemon dies after the supervisor has looked and before it has asked it to end."""
+    with supervised(tmp_path, "doomed", "a") as running:
+        running.reports()
+        running.process.terminate()
+        assert running.end() == 1
+    assert "ended unexpectedly: killed by signal 9" in (tmp_path / "doomed.log").read_text()
+    assert _nothing_left(tmp_path)
 
 
 def test_the_end_of_the_lifeline_takes_everything_down(tmp_path: Path) -> None:
