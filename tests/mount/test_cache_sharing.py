@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,9 +89,10 @@ def test_on_a_network_file_system(own_directories: Path) -> None:
 
 
 @pytest.mark.skipif(not ssh.is_installed(), reason="needs sshfs and sshd")
-def test_what_the_kernel_has_may_be_older_than_what_another_host_wrote(own_directories: Path) -> None:
-    """It has read ahead where nothing was yet. Once another host has landed its block there the block is read all the same:
-    to distrust it would take it from all hosts."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_the_kernel_has_may_be_older_than_what_another_host_wrote(own_directories: Path, kept: bool) -> None:
+    """It has read ahead where nothing was yet. Once another host has landed its block there the block is read all the same,
+    even when the kernel cannot forget what it has (`kept`: somebody maps it): to distrust it would take it from all hosts."""
     shared = own_directories / "shared"
     shared.mkdir()
     key, block = ObjectKey("datum:x", 2 * BLOCK_BYTES), b"x" * BLOCK_BYTES
@@ -107,6 +109,9 @@ def test_what_the_kernel_has_may_be_older_than_what_another_host_wrote(own_direc
         here = OpenSegment.open(str(host.mountpoint / name), key, 0, never_waits=False)
         there = OpenSegment.open(str(shared / name), key, 0, never_waits=False)
         assert not any(os.pread(here.fd, BLOCK_BYTES, segment.DATA_OFFSET)), "the hole"
+        if kept:
+            mapped = stack.enter_context(mmap.mmap(here.fd, 0, prot=mmap.PROT_READ))
+            assert not any(mapped[segment.DATA_OFFSET :][:BLOCK_BYTES])
         land(0)
         contents = there.refresh(nowait=False)
         assert contents is not None

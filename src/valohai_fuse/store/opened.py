@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,9 +165,7 @@ class OpenSegment:
         if bad is None or nowait or self.never_waits:
             return bad
         # What the kernel has of the file may be older than what another host has written there since: ask the disk itself.
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self.fd, offset, segment.blocks_in(wanted) * BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
-        return self._first_bad(contents, first, into, self._pread_rest(into, 0, offset))
+        return self._first_bad(contents, first, into, self._pread_past_kernel(into, offset))
 
     def lend_blocks(self, contents: Contents, first: int, byte_count: int) -> memoryview | None:
         """The same without a copy, of a segment in memory: good as long as nobody else may land in it. None for a file.
@@ -249,6 +248,24 @@ class OpenSegment:
                 break
             read += step
         return read
+
+    def _pread_past_kernel(self, into: memoryview, offset: int) -> int:
+        """Reads what the disk has. The kernel is asked to forget its copy, which alone is not enough: it keeps pages that somebody
+        maps, reads or has only just put there."""
+        length = -(-len(into) // segment.PAGE_BYTES) * segment.PAGE_BYTES
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            try:
+                with mmap.mmap(-1, length) as aligned:
+                    read = min(os.preadv(fd, [aligned], offset), len(into))
+                    into[:read] = aligned[:read]
+            finally:
+                os.close(fd)
+        except OSError:  # a file system without direct reads, or a file that has no name any more
+            read = 0
+        return self._pread_rest(into, read, offset)
 
 
 class Run(NamedTuple):
