@@ -56,7 +56,8 @@ def kill_the_doomed():
         if record.inputs == ("doomed",):
             os.kill(record.pid, signal.SIGKILL)
             os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOWAIT)
-sys.exit(supervisor.Supervisor(plan, on_start=tell, on_stop=kill_the_doomed, lifeline=int(sys.argv[2]), daemon_command=[sys.executable, sys.argv[3]]).run())
+given = dict(on_start=tell, on_stop=kill_the_doomed, lifeline=int(sys.argv[2]), daemon_command=[sys.executable, sys.argv[3]])
+sys.exit(supervisor.Supervisor(plan, **given).run())
 """
 
 

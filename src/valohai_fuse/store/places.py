@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from cachetools import LRUCache, TTLCache
 
 from valohai_fuse.model import segment
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BYTES, Extent
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ObjectKey
 from valohai_fuse.store.calls import DiskCalls, NotAnsweringError
 from valohai_fuse.store.health import RateLimitedLog
@@ -394,6 +394,8 @@ class Places:
         contents = opened.refresh(nowait=False)
         if contents is None or contents.seed != believed.seed or contents.entries[block] != entry:
             return  # the snapshot was outdated: the file was replaced, evicted, or the block landed anew
+        if self._disk.may_hang and _is_on_its_way(opened, contents, block):
+            return
         place = (opened.key, opened.index)
         with self._lock:
             self.blocks_distrusted += 1
@@ -422,3 +424,12 @@ class Places:
                 os.pwrite(fd, segment.ABSENT_ENTRY, offset)
         finally:
             os.close(fd)
+
+
+def _is_on_its_way(opened: OpenSegment, contents: Contents, block: int) -> bool:
+    """Whether a bad block is no damage, in a file that other hosts write to: it is right by now, or lies beyond the end of the
+    file as it is known here. A host remembers for seconds how long a file is; the entry in the first page may be newer."""
+    start = (opened.index * SEGMENT_BLOCKS + block) * BLOCK_BYTES
+    length = min(BLOCK_BYTES, opened.key.size - start)
+    is_beyond = not os.pread(opened.fd, 1, segment.DATA_OFFSET + block * BLOCK_BYTES + length - 1)
+    return opened.read_blocks(contents, block, memoryview(bytearray(length)), nowait=False) is None or is_beyond
