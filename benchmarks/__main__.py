@@ -85,7 +85,7 @@ def _chosen_peers(arguments: argparse.Namespace, tools: provision.Tools) -> list
 
 def _measure(bench: Bench, workload: Workload, chosen: list[Peer], runs: int) -> report.Trials:
     """Round after round, one trial of each peer, each round beginning with another one, for what a trial leaves to the disk is the
-    next one's burden. A peer that failed twice in a row or is over its budget is not asked again."""
+    next one's burden. A peer that failed twice in a row, is over its budget or far behind is not asked again."""
     spent_s = dict.fromkeys((peer.name for peer in chosen), 0.0)
     trials: report.Trials = {peer.name: [] for peer in chosen if trial.applies(workload, peer)}
     for number in range(runs):
@@ -94,7 +94,7 @@ def _measure(bench: Bench, workload: Workload, chosen: list[Peer], runs: int) ->
             done = trials.get(peer.name)
             if done is None or [set(t) for t in done[-2:]] == [{"error"}, {"error"}]:
                 continue
-            if peer.name != OURS and spent_s[peer.name] > _PEER_BUDGET_S:
+            if peer.name != OURS and (spent_s[peer.name] > _PEER_BUDGET_S or report.is_far_behind(trials, peer.name)):
                 continue
             began_s = time.monotonic()
             try:

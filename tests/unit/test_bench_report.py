@@ -13,7 +13,7 @@ from benchmarks.dataset import DataFile
 from benchmarks.limits import LIMITS
 from benchmarks.meters import Traffic
 from benchmarks.peers import OURS, PEERS, last_words
-from benchmarks.report import best_other, judge, median, rows
+from benchmarks.report import best_other, is_far_behind, judge, median, rows
 from benchmarks.store import CAPPED, TLS, configuration, listing_pages, signature
 from benchmarks.trial import applies, metrics_of
 from benchmarks.workloads import COLD, OWN, UNITS, WORKLOADS, Target
@@ -29,6 +29,15 @@ def test_a_median_forgives_one_bad_run() -> None:
     """That is why there are five."""
     assert median([{"mb_s": v} for v in (1.0, 500.0, 510.0)], "mb_s") == 500
     assert median([{"error": "x"}], "mb_s") is None
+
+
+def test_who_is_far_behind_is_not_asked_again() -> None:
+    """Two rounds of both say so, and only another mount can: not ours, not the local directory, not a download."""
+    trials = _trials("elapsed_s", rclone=[5, 4.1], s3fs=[2, 1.9], httpdirfs=[9], curl=[0.1, 0.1], requests=[4.1, 4.1])
+    trials |= _trials("elapsed_s", valohai_fuse=[0.1, 0.1], plain=[0.1, 0.1]) | {"rclone-full": [{"error": "x"}] * 2}
+    assert {name for name in trials if is_far_behind(trials, name)} == {"rclone", "requests"}
+    trials["rclone"].append({"elapsed_s": 4.0})
+    assert not is_far_behind(trials, "rclone"), "twice as long is not more than twice"
 
 
 def test_best_is_the_best_other_mount() -> None:
