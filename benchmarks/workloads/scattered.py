@@ -177,6 +177,8 @@ def scattered_again() -> list[Workload]:
     names = {
         "random-4k-1": "random-warm-1",
         "random-4k-8": "random-warm-8",
+        "random-128k-1": "random-128k-warm-1",
+        "random-128k-8": "random-128k-warm-8",
         "stride": "stride-warm",
         "backward": "backward-warm",
         "skip-17m": "skip-warm",

@@ -60,4 +60,15 @@ def sequential() -> list[Workload]:
             (Target("mb_s", 1.0, "best"), Target("mb_s", 0.7, "plain")),
             state=DROPPED,
         ),
+        Workload(
+            "files-4-warm",
+            "four files of 256 MiB at once, again, page cache dropped",
+            "quarters",
+            NEAR,
+            quarters,
+            task("forward", threads=4),
+            "mb_s",
+            (Target("mb_s", 1.0, "best"),),
+            state=DROPPED,
+        ),
     ]

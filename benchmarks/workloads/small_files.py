@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.store import REGION
+from benchmarks.store import NEAR, REGION
 from benchmarks.workloads.kinds import DROPPED, Target, Workload, small, task
 
 
@@ -67,5 +67,23 @@ def small_files() -> list[Workload]:
             "files_s",
             (Target("files_s", 1, "best"),),
             state=DROPPED,
+        ),
+        *(
+            Workload(
+                name,
+                f"{title}, again, page cache dropped",
+                "small",
+                NEAR,
+                small,
+                read,
+                "files_s",
+                (Target("files_s", 1, "best"),),
+                state=DROPPED,
+            )
+            for name, title, read in (
+                ("small-order-warm-1", "files of 100 KiB in name order, 1 reader", whole(1)),
+                ("small-order-warm-8", "the same, 8 readers", whole(8)),
+                ("small-shuffled-warm-1", "shuffled, 1 reader", whole(1) | shuffled),
+            )
         ),
     ]
