@@ -39,9 +39,6 @@ a block that is on the disk and not in memory is read and verified whole, 64 KiB
 rest is some 0.15 ms of the Python of the daemon's one thread. s3fs, in C++, verifies nothing. Less would take a compiled
 language.""",
     "random-warm-8": "as `random-warm-1`, by one event loop for all readers.",
-    "small-order-warm-8": """\
-in order 2,105 files/s, in no order (`small-warm-8`) 3,296, and one file in a hundred takes 15 ms and not 4.5. It is not known
-why, for there is no profile of it yet; looking whether the next files are cached is what differs.""",
     "random-128k-warm-1": "as `random-warm-1`.",
     "random-128k-warm-8": "as `random-warm-8`.",
     "mmap-random-warm": "as `random-warm-1`.",

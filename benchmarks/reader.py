@@ -3,7 +3,8 @@
 Its CPU is its own and is kept apart from the mount's. It imports nothing of the project and, but for tables, only the standard
 library, and it checks a sample of what each read returned against the ramp of `dataset`: a benchmark that reads wrong bytes fails.
 
-Task (JSON): {"pattern", "files": [[path, size, phase | null], ...], "threads", "block_bytes", "count", "step_bytes", "seed"}.
+Task (JSON): {"pattern", "files": [[path, size, phase | null], ...], "threads", "batch", "block_bytes",
+"count", "step_bytes", "seed"}.
 Answer (JSON): {"elapsed_s", "bytes", "files", "cpu_s", "latencies_s": [...]}, latencies per read or per file.
 """
 
@@ -187,6 +188,13 @@ def _parquet_column(lane: Lane, file: File) -> None:
     lane.files += 1
 
 
+def share_of(files: list[File], task: Task, number: int) -> Iterator[File]:
+    """What one of several readers takes: batch after batch in turn."""
+    batch, threads = task["batch"], task["threads"]
+    for start in range(number * batch, len(files), threads * batch):
+        yield from files[start : start + batch]
+
+
 def _lane_work(task: Task, number: int, lane: Lane) -> None:
     pattern, block, threads = task["pattern"], task["block_bytes"], task["threads"]
     files: list[File] = [tuple(f) for f in task["files"]]
@@ -199,7 +207,7 @@ def _lane_work(task: Task, number: int, lane: Lane) -> None:
     elif pattern == "zip":
         _zip_members(lane, files[0], task)
     elif pattern == "whole":
-        for file in files[number::threads]:
+        for file in share_of(files, task, number):
             lane.whole(file, block)
     elif pattern == "first":
         for file in files[number::threads]:

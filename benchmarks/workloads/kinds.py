@@ -90,7 +90,7 @@ class Workload:
 
 
 def task(pattern: str, **more: Any) -> dict[str, Any]:
-    return {"pattern": pattern, "threads": 1, "block_bytes": MIB, "count": 0, "seed": 1, **more}
+    return {"pattern": pattern, "threads": 1, "batch": 1, "block_bytes": MIB, "count": 0, "seed": 1, **more}
 
 
 def big(selection: Selection) -> tuple[DataFile, ...]:

@@ -226,9 +226,10 @@ class BlockStore(Protocol):
         """The same, waiting for the disk in a thread where it must; never answers COLD."""
         ...
 
-    def expect(self, key: ObjectKey) -> None:
-        """Somebody has opened the object and is likely to read from its start on: if that is on the disk, the disk is asked for it
-        now, and `read_nowait` has it soon. Does not wait for that."""
+    def expect(self, key: ObjectKey) -> bool:
+        """Somebody has opened the object, or is about to, and is likely to read from its start on: if that is on the disk, the disk
+        is asked for it now, and `read_nowait` has it soon. Does not wait for that. True: all of the first segment seems to be
+        there, by what its file occupies; False: that is not known, `missing` tells."""
         ...
 
     def expect_read(self, key: ObjectKey, extent: Extent) -> None:

@@ -10,9 +10,11 @@ import trio
 from support.engine_rig import MIB, EngineRig, run
 from support.fake_fetcher import Script
 from valohai_fuse import errors
+from valohai_fuse.engine import reader
 from valohai_fuse.engine.objects import REPEAT_S
+from valohai_fuse.engine.reader import Ahead
 from valohai_fuse.model.extents import BLOCK_BYTES, Extent
-from valohai_fuse.ports import FailureKind, FetchFailed, Priority
+from valohai_fuse.ports import FailureKind, FetchFailed, ObjectKey, Priority
 
 
 def test_a_read_returns_exactly_the_bytes_asked_for() -> None:
@@ -99,7 +101,7 @@ def test_the_disk_is_told_of_an_open_before_the_first_read() -> None:
         rig.open("a")
         rig.reader.fetch_ahead(rig.inode("b"))
         rig.open("b")
-        assert [key.size for key in rig.store.expected] == [MIB]
+        assert [key.size for key in rig.store.expected] == [MIB, 2 * MIB], "of the second when it was foreseen"
 
     run(scenario, {"a": MIB, "b": 2 * MIB})
 
@@ -336,9 +338,51 @@ def test_a_failed_landing_is_repeated_where_the_store_says() -> None:
     run(scenario, {"a": MIB})
 
 
+def test_of_a_sibling_that_is_cached_the_disk_is_told_and_nothing_is_fetched() -> None:
+    """Unless it is cached in part: then the rest is."""
+
+    async def scenario(rig: EngineRig) -> None:
+        for name in "ab":
+            rig.store.land(ObjectKey(name, MIB), 0, rig.contents[name], '"v1"')
+        rig.store.lose(ObjectKey("b", MIB), Extent(0, 4096))
+        assert rig.reader.fetch_ahead(rig.inode("a")) is Ahead.PRESENT
+        assert rig.reader.fetch_ahead(rig.inode("b")) is Ahead.BEGUN
+        await trio.sleep(1)
+        assert [key.stable_id for key in rig.store.expected] == ["a", "b"]
+        assert {order.key for order in rig.fetcher.orders} == {ObjectKey("b", MIB)}
+
+    run(scenario, {"a": MIB, "b": MIB})
+
+
+def test_what_was_looked_up_of_a_cached_sibling_serves_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last two here; of more it would take memory for those that never come."""
+    monkeypatch.setattr(reader, "FORESEEN_MAX", 2)
+
+    async def scenario(rig: EngineRig) -> None:
+        for name in "abc":
+            rig.store.land(ObjectKey(name, MIB), 0, rig.contents[name], '"v1"')
+            assert rig.reader.fetch_ahead(rig.inode(name)) is Ahead.PRESENT
+        rig.described.clear()
+        for name in "abc":
+            assert await rig.read(rig.open(name), 0, MIB) == rig.contents[name]
+        assert rig.described == ["a"]
+
+    run(scenario, dict.fromkeys("abc", MIB))
+
+
+def test_no_sibling_is_fetched_while_readahead_is_full() -> None:
+    async def scenario(rig: EngineRig) -> None:
+        assert rig.reader.fetch_ahead(rig.inode("a")) is Ahead.BEGUN
+        assert rig.reader.fetch_ahead(rig.inode("b")) is Ahead.FULL
+        await trio.sleep(1)
+        assert rig.reader.fetch_ahead(rig.inode("b")) is Ahead.BEGUN
+
+    run(scenario, {"a": MIB, "b": MIB}, window=MIB)
+
+
 def test_small_siblings_are_fetched_before_they_are_opened() -> None:
     async def scenario(rig: EngineRig) -> None:
-        assert rig.reader.fetch_ahead(rig.inode("b"))
+        assert rig.reader.fetch_ahead(rig.inode("b")) is Ahead.BEGUN
         await trio.sleep(1)
         orders = len(rig.fetcher.orders)
         handle = rig.open("b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from support.engine_rig import MIB, EngineRig, run
+from valohai_fuse.engine.reader import Ahead
 from valohai_fuse.model.extents import Extent
 
 
@@ -48,7 +49,7 @@ def test_what_another_process_lands_while_our_flight_begins_is_not_fetched() -> 
     async def scenario(rig: EngineRig) -> None:
         key, content = key_of(rig), rig.contents["a"]
         rig.store.claimed_by_others.append((key, Extent(0, MIB)))
-        assert rig.reader.fetch_ahead(rig.inode("a"))
+        assert rig.reader.fetch_ahead(rig.inode("a")) is Ahead.BEGUN
         rig.store.land(key, 0, content, '"v1"')
         rig.store.claimed_by_others.clear()
         handle = rig.open("a")
@@ -103,7 +104,7 @@ def test_a_claim_that_falls_free_is_taken_over() -> None:
 def test_without_room_only_what_is_waited_for_is_fetched() -> None:
     async def scenario(rig: EngineRig) -> None:
         rig.store.full = True
-        assert rig.reader.fetch_ahead(rig.inode("a"))
+        assert rig.reader.fetch_ahead(rig.inode("a")) is Ahead.BEGUN
         await trio.sleep(10)
         assert not rig.fetcher.orders
         handle = rig.open("a")

@@ -13,10 +13,11 @@ from support.engine_rig import EngineRig, run
 from support.prefetch_rig import tree_of
 from valohai_fuse.engine import siblings as siblings_room
 from valohai_fuse.engine.fill import FillLimits
-from valohai_fuse.engine.siblings import SMALL_BYTES_MAX, SiblingAhead
+from valohai_fuse.engine.reader import Ahead
+from valohai_fuse.engine.siblings import PRESENT_PER_OPEN, SMALL_BYTES_MAX, SiblingAhead
 from valohai_fuse.model.manifest_json import from_json
 from valohai_fuse.model.tree import Inode, build
-from valohai_fuse.ports import Priority
+from valohai_fuse.ports import ObjectKey, Priority
 
 GIB = 1024**3
 UNBOUNDED = FillLimits(GIB)
@@ -130,7 +131,7 @@ def test_the_order_of_the_listing_and_others_are_learnt(listing: str, order: str
     assert seconds(names, guessing=True, sizes=sizes) < seconds(names, guessing=False, sizes=sizes) / 5
 
 
-@pytest.mark.parametrize(("files_max", "looks"), [(siblings_room.FILES_MAX, 1000), (6700, 3000)])
+@pytest.mark.parametrize(("files_max", "looks"), [(siblings_room.FILES_MAX, 1000), (26_000, 3000)])
 def test_a_thousand_directories_are_followed_at_once(
     files_max: int, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +141,7 @@ def test_a_thousand_directories_are_followed_at_once(
     document = {"data": {"files": [{"name": name, "size": FILE_BYTES} for name in names]}}
     manifest = from_json(json.dumps(document).encode(), mtime_ns=7)
     tree = build(manifest, as_root=False, local={}, inputs_dir="/valohai/inputs")
-    siblings = SiblingAhead(tree, lambda _: True, requests_ahead=lambda: 0, fill=UNBOUNDED)
+    siblings = SiblingAhead(tree, lambda _: Ahead.BEGUN, requests_ahead=lambda: 0, fill=UNBOUNDED)
     looked_at = []
     make = siblings._directory
 
@@ -154,6 +155,87 @@ def test_a_thousand_directories_are_followed_at_once(
         assert inode is not None
         siblings.on_open(inode)
     assert len(looked_at) == looks
+
+
+def test_what_there_was_no_room_for_is_fetched_later() -> None:
+    """Readahead may take three of these files at once: there is more to fetch than that, and none is forgotten."""
+
+    async def scenario(rig: EngineRig) -> None:
+        siblings = followed(rig)
+        for name in SIZES:
+            await read_whole(rig, name, siblings)
+        assert rig.metrics.snapshot()["ahead_bytes"] >= (FILES - 4) * FILE_BYTES
+
+    run(scenario, SIZES, window=3 * FILE_BYTES)
+
+
+async def cached(rig: EngineRig) -> None:
+    for name, content in rig.contents.items():
+        rig.store.land(ObjectKey(name, FILE_BYTES), 0, content, '"v1"')
+
+
+def test_cached_siblings_are_looked_at_a_few_at_a_time() -> None:
+    """Upon one open, but each before it is opened: a window of them at once would hold up everybody."""
+
+    async def scenario(rig: EngineRig) -> None:
+        await cached(rig)
+        siblings = followed(rig)
+        foreseen = 0
+        names = list(SIZES)
+        for name in names[FILES // 2 :] + names[: FILES // 2]:
+            foreseen += ObjectKey(name, FILE_BYTES) in rig.store.expected
+            before = len(rig.store.expected)
+            siblings.on_open(rig.inode(name))
+            assert len(rig.store.expected) - before <= PRESENT_PER_OPEN
+        assert foreseen >= FILES - 8
+        assert not rig.fetcher.orders
+
+    run(scenario, SIZES)
+
+
+def test_what_is_cached_counts_for_nothing_when_a_directory_is_completed() -> None:
+    """The bound is one of what is fetched."""
+
+    async def scenario(rig: EngineRig) -> None:
+        await cached(rig)
+        opened, left = PATTERNS["shuffled"][: FILES // 2], PATTERNS["shuffled"][-40:]
+        for name in left:
+            rig.store.evict(ObjectKey(name, FILE_BYTES))
+        siblings = followed(rig, FillLimits(20 * FILE_BYTES))
+        for name in opened:
+            siblings.on_open(rig.inode(name))
+            await trio.sleep(1)
+        assert len({order.key for order in rig.fetcher.orders}) == 20
+
+    run(scenario, SIZES)
+
+
+def test_readers_with_a_part_of_the_directory_each_are_followed_each() -> None:
+    """Eight workers, 25 files each."""
+    took_s = {}
+
+    async def worker(rig: EngineRig, number: int, siblings: SiblingAhead | None) -> None:
+        for nth in range(25):
+            name = f"f{25 * number + nth}"
+            handle = rig.open(name)
+            if siblings is not None:
+                siblings.on_open(rig.inode(name), 4000 + number)
+            assert await rig.read(handle, 0, FILE_BYTES) == rig.contents[name]
+            rig.reader.close(handle)
+            await trio.sleep(0.002)
+
+    for guessing in (True, False):
+
+        async def scenario(rig: EngineRig, *, guessing: bool = guessing) -> None:
+            siblings = followed(rig) if guessing else None
+            began_t = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(worker, rig, number, siblings)
+            took_s[guessing] = trio.current_time() - began_t
+
+        run(scenario, SIZES)
+    assert took_s[True] < 0.6 * took_s[False]
 
 
 def test_when_the_pattern_breaks_nothing_more_is_guessed() -> None:

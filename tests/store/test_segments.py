@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from support.segment_paths import segment_path
 from support.segment_rig import ALL, KEY, SIZE, Clock, block_extent, flip, land, ramp, read
 from valohai_fuse.model import segment
-from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent, split_by_segment
+from valohai_fuse.model.extents import BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, Extent
 from valohai_fuse.ports import ABSENT, COLD, FOREIGN, ObjectKey
 from valohai_fuse.store import health
-from valohai_fuse.store.calls import DiskCalls
 from valohai_fuse.store.opened import AHEAD_BYTES
-from valohai_fuse.store.places import EXPECTED_S
-from valohai_fuse.store.segments import EXPECTED_BYTES, SegmentStore
+from valohai_fuse.store.segments import SegmentStore
 
 pytestmark = pytest.mark.expect_warnings(
     "valohai_fuse.store: (block|the cache|a cache file)", "failed its check", "in memory"
@@ -215,71 +213,6 @@ def test_what_is_not_in_the_page_cache_is_cold(store: SegmentStore) -> None:
         pytest.skip("this file system does not drop its pages")
     assert read(store) == ramp(ALL)
     assert store.read_nowait(KEY, "v", ALL) == ramp(ALL)
-
-
-def test_what_an_open_has_found_the_first_look_behind_it_need_not_look_for(store: SegmentStore, clock: Clock) -> None:
-    """Once, and for a moment only: whoever looks later finds what has taken the file's place."""
-    for age_s, first_version in ((0.0, "v"), (EXPECTED_S, "w")):
-        path = land(store, version="v")
-        assert store.version(KEY, 0) == "v"
-        store.expect(KEY)
-        os.unlink(path)
-        land(store, version="w")
-        clock.now_s += age_s
-        assert store.version(KEY, 0) == first_version
-        assert store.version(KEY, 0) == "w"
-        os.unlink(path)
-
-
-def test_the_disk_is_asked_for_what_an_open_expects(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Table and first bytes, each time, for they may have gone from memory; what is not there is no trouble."""
-    land(store)
-    first = min(KEY.size, EXPECTED_BYTES)
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *how: asked.append(how))
-    store.expect(ObjectKey("never seen", 1))
-    store.expect(ObjectKey("empty", 0))
-    assert asked == []
-    for _ in range(2):
-        store.expect(KEY)
-    assert asked == [(0, segment.DATA_OFFSET + first, os.POSIX_FADV_WILLNEED)] * 2
-
-
-def test_the_disk_is_asked_for_what_a_jumping_reader_comes_to(
-    store: SegmentStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """These blocks of several segments and no others; nothing is looked for that was not looked at before."""
-    key = ObjectKey("datum:y", 2 * SEGMENT_BYTES)
-    wanted = Extent(SEGMENT_BYTES - 2 * BLOCK_BYTES, SEGMENT_BYTES + 3 * BLOCK_BYTES)
-    for part in split_by_segment(wanted):
-        land(store, part, key=key)
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *how: asked.append(how))
-    store.expect_read(key, wanted)
-    assert asked == []
-    assert store.missing(key, "v", wanted) == []
-    store.expect_read(key, wanted)
-    last_two = segment.DATA_OFFSET + SEGMENT_BYTES - 2 * BLOCK_BYTES
-    assert asked == [
-        (last_two, 2 * BLOCK_BYTES, os.POSIX_FADV_WILLNEED),
-        (segment.DATA_OFFSET, 3 * BLOCK_BYTES, os.POSIX_FADV_WILLNEED),
-    ]
-
-
-@pytest.mark.parametrize("may_hang", [False, True])
-def test_a_disk_that_may_hang_is_asked_for_nothing_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, may_hang: bool
-) -> None:
-    """The event loop asks, and would hang with it."""
-    store = SegmentStore(str(tmp_path / "own"), disk=DiskCalls(may_hang=may_hang))
-    land(store)
-    assert store.missing(KEY, "v", ALL) == []
-    asked: list[int] = []
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(fd))
-        store.expect_read(KEY, ALL)
-    assert bool(asked) is not may_hang
-    store.close()
 
 
 def test_a_file_system_that_cannot_say_is_read_in_threads(store: SegmentStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ class EngineRig:
     ) -> None:
         self.contents = {name: ramp(size, phase) for phase, (name, size) in enumerate(sizes.items())}
         self.names = list(sizes)
+        self.described: list[str] = []
         self.store = FakeBlockStore()
         self.fetcher = FakeFetcher(self.contents, self.store.land_order)
         self.source = FakeSource(clock=trio.current_time)
@@ -56,6 +57,7 @@ class EngineRig:
 
     def _describe(self, inode: Inode) -> tuple[ObjectKey, FileRef, str]:
         name = self.names[inode - 2]
+        self.described.append(name)
         url = f"https://store.example/{name}?X-Amz-Signature=0"
         return ObjectKey(name, len(self.contents[name])), file_ref(name, index=inode - 2, url=url), name
 

@@ -111,9 +111,12 @@ class FakeBlockStore:
         await trio.sleep(self.cold_s)
         return self._read(key, version, extent)
 
-    def expect(self, key: ObjectKey) -> None:
+    def expect(self, key: ObjectKey) -> bool:
         """See `ports.BlockStore`."""
         self.expected.append(key)
+        version = self.version(key, 0)
+        first = Extent(0, min(key.size, SEGMENT_BYTES))
+        return version is not None and not self.missing(key, version, first)
 
     def expect_read(self, key: ObjectKey, extent: Extent) -> None:
         """See `ports.BlockStore`."""

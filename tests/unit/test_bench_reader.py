@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks.dataset import RAMP_MODULUS, Dataset, Sizes, ramp
-from benchmarks.reader import WrongBytesError, offsets_of, perform
+from benchmarks.reader import WrongBytesError, offsets_of, perform, share_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +37,16 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def _task(pattern: str, files: list[tuple[str, int, int | None]], **more: Any) -> dict[str, Any]:
-    return {"pattern": pattern, "files": files, "threads": 1, "block_bytes": 65536, "count": 0, "seed": 1, **more}
+    return {
+        "pattern": pattern,
+        "files": files,
+        "threads": 1,
+        "batch": 1,
+        "block_bytes": 65536,
+        "count": 0,
+        "seed": 1,
+        **more,
+    }
 
 
 @given(st.integers(0, 10**12), st.integers(0, 2000), st.integers(0, RAMP_MODULUS - 1))
@@ -73,6 +82,16 @@ def test_backward_mirrors_forward(size: int, block: int) -> None:
     """The same blocks, from the end to the start."""
     task = {"block_bytes": block}
     assert list(offsets_of("backward", size, task, 0)) == list(offsets_of("forward", size, task, 0))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "shares"), [(1, ["adg", "be", "cf"]), (2, ["abg", "cd", "ef"]), (32, ["abcdefg", "", ""])]
+)
+def test_readers_take_batches_in_turn(batch: int, shares: list[str]) -> None:
+    """Each file once; one by one where a batch is one."""
+    files: list[tuple[str, int, int | None]] = [(name, 1, None) for name in "abcdefg"]
+    task = {"threads": 3, "batch": batch}
+    assert ["".join(name for name, _, _ in share_of(files, task, number)) for number in range(3)] == shares
 
 
 def test_threads_draw_different_offsets_and_each_run_the_same() -> None:

@@ -10,6 +10,7 @@ No invariant spans an await: generation, version and presence are looked at afre
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Bytes = bytes | bytearray | memoryview
 
+FORESEEN_MAX = 512
 VANISHED_MAX = 5
 """How often the bytes of one read may land and be gone again before the read fails: a cache that is smaller than what is
 read at once, or a disk that loses what it was given."""
@@ -45,6 +47,16 @@ class ReaderStatistics:
     flight_bytes: int
     reads_waiting: int
     flights_ahead: int
+
+
+class Ahead(enum.Enum):
+    """What has become of a file that was to be fetched ahead."""
+
+    BEGUN = enum.auto()
+    """It is being fetched, or was opened meanwhile."""
+    PRESENT = enum.auto()
+    FULL = enum.auto()
+    """Nothing: as much is in flight as readahead may take."""
 
 
 class Reader:
@@ -72,6 +84,8 @@ class Reader:
         self._window_bytes_max = window_bytes_max
         self._window_bytes_total = window_bytes_total
         self._objects: dict[Inode, RemoteObject] = {}
+        self._foreseen: dict[Inode, RemoteObject] = {}
+        """Cached files that nobody has opened yet, the last of those that were to be fetched ahead."""
         self._handles = 0
         self._opens = 0
         self._waiting = 0
@@ -106,25 +120,36 @@ class Reader:
             self._flights.abandon(obj)
             self._forget(obj)
 
-    def fetch_ahead(self, inode: Inode) -> bool:
-        """Begins fetching a file that nobody has opened yet: the whole of a small one, the beginning of a large one.
-
-        False: as much is in flight as readahead may take.
-        """
+    def fetch_ahead(self, inode: Inode) -> Ahead:
+        """Begins fetching a file that nobody has opened yet: the whole of a small one, the beginning of a large one. If it is
+        cached, the disk is asked for it."""
         if self._flights.active_bytes >= self._window_bytes_max:
-            return False
+            return Ahead.FULL
         obj = self._object(inode)
+        outcome = Ahead.BEGUN
         if obj.handles == 0 and not obj.flights and not obj.missing:
             wanted = align(0, min(obj.key.size, FIRST_READ_BYTES), obj.key.size)
-            self._begin_ahead(obj, wanted, staged=True)
+            is_expected = obj.version is None and self._store.expect(obj.key)
+            if is_expected or not self._begin_ahead(obj, wanted, staged=True):
+                outcome = Ahead.PRESENT
+                self._foresee(obj)
         self._forget(obj)
-        return True
+        return outcome
+
+    def _foresee(self, obj: RemoteObject) -> None:
+        """Describing it again would cost the open as much as all else of it."""
+        self._foreseen[obj.inode] = obj
+        if len(self._foreseen) > FORESEEN_MAX:
+            del self._foreseen[next(iter(self._foreseen))]
 
     def _object(self, inode: Inode) -> RemoteObject:
         obj = self._objects.get(inode)
         if obj is None:
-            key, file, label = self._describe(inode)
-            obj = self._objects[inode] = RemoteObject(inode, key, file, label)
+            obj = self._foreseen.pop(inode, None)
+            if obj is None:
+                key, file, label = self._describe(inode)
+                obj = RemoteObject(inode, key, file, label)
+            self._objects[inode] = obj
         return obj
 
     def _forget(self, obj: RemoteObject) -> None:

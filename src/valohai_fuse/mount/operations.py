@@ -177,7 +177,7 @@ class Operations(pyfuse3.Operations):
     # --- files ---
 
     @guarded(naming=True)
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:  # noqa: ARG002
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Opens for reading; the kernel keeps the pages of former opens, for the bytes do not change."""
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND):
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -193,7 +193,7 @@ class Operations(pyfuse3.Operations):
                 await self._sizing.wait_known(own)
             handle, keep_cache = self._reader.open(own)
             opened = _RemoteHandle(handle)
-            self._siblings.on_open(own)
+            self._siblings.on_open(own, ctx.pid)
         self.metrics.count("opens")
         number = self._number()
         self._handles[number] = opened

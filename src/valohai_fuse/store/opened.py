@@ -28,6 +28,8 @@ from valohai_fuse.ports import ObjectKey, Version
 AHEAD_BYTES = SEGMENT_BYTES
 """So far ahead of a reader that goes on where it was the disk is asked to read. A block device's own readahead is 128 KiB,
 and begins anew with each segment's file."""
+_SECTOR_BYTES = 512
+"""The unit of `st_blocks`."""
 _END_OFFSET = segment.DATA_OFFSET + SEGMENT_BYTES
 
 
@@ -55,6 +57,7 @@ class OpenSegment:
         "_first_block",
         "_header",
         "_next_block",
+        "_occupied_bytes",
         "_unread_bytes",
         "contents",
         "expected_until_s",
@@ -98,6 +101,7 @@ class OpenSegment:
         self._advised_stop = 0
         """So far, as an offset in the file, the disk was asked to read for a sequential reader; another such hint."""
         self._end_is_read = False
+        self._occupied_bytes = 0
         self._unread_bytes = segment.segment_bytes(key.size, index)
 
     def __del__(self) -> None:
@@ -110,9 +114,22 @@ class OpenSegment:
         """Opens a cache file for reading, without looking into it yet. Raises OSError."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         opened = cls(fd, key, index, never_waits=never_waits, close=close)
-        found = os.fstat(fd)
-        opened.file_id = (found.st_dev, found.st_ino)
+        opened.is_seen_as(os.fstat(fd))
         return opened
+
+    def is_seen_as(self, found: os.stat_result) -> bool:
+        """Whether `found` is of this file, which is remembered as it is now; the first time it is."""
+        file_id = (found.st_dev, found.st_ino)
+        if self.file_id is None:
+            self.file_id = file_id
+        self._occupied_bytes = found.st_blocks * _SECTOR_BYTES
+        return self.file_id == file_id
+
+    @property
+    def seems_whole(self) -> bool:
+        """Whether the file, when it was last seen, took as much of the disk as all its blocks do: what is absent is a hole. Where
+        the file system compresses, or takes room in advance, that is wrong, and nothing worse."""
+        return self._occupied_bytes >= segment.DATA_OFFSET + segment.segment_bytes(self.key.size, self.index)
 
     def refresh(self, *, nowait: bool) -> Contents | None:
         """Reads header and table again. Raises OSError, BlockingIOError with `nowait`."""

@@ -41,8 +41,8 @@ TOUCH_AGE_S = 10.0
 read already goes before what was fetched ahead."""
 READING_S = 5.0
 """The segment of an object that was last read, if that was less than READING_S ago, is being read."""
-EXPECTED_S = 0.01
-"""So long after an open its first read need not ask again whether the file is still at its path."""
+EXPECTED_S = 0.25
+"""So long after an open, or after it was foreseen, its first read need not ask again whether the file is still at its path."""
 STAGED_IDLE_S = 15.0
 """So long after the last piece was staged the memory is given back."""
 ABANDONED_S = 0.5
@@ -221,20 +221,30 @@ class Places:
         reader that comes there soon. Blocks as `look` does; raises nothing."""
         self._prepare(place, byte_count, again=False)
 
-    def expect(self, place: Place, byte_count: int) -> None:
-        """The same for one that has just opened it: what was read before may be gone from memory, and the next look finds the
-        file that is found here."""
-        opened = self._prepare(place, byte_count, again=True)
-        if opened is not None:
+    def expect(self, place: Place, byte_count: int) -> bool:
+        """The same for one that has just opened it, or will presently: what was read before may be gone from memory, and the next
+        look finds the file that is found here. Whether the file seems to have all blocks (`OpenSegment.seems_whole`)."""
+        with self._lock:
+            opened = self._opened.get(place)
+        if opened is None or opened.expected_until_s <= self._monotonic():
+            opened = self._prepare(place, byte_count, again=True)
+            if opened is None:
+                return False
             opened.expected_until_s = self._monotonic() + EXPECTED_S
+        return opened.seems_whole
 
     def _prepare(self, place: Place, byte_count: int, *, again: bool) -> OpenSegment | None:
         with contextlib.suppress(OSError):
-            opened = None if self.avoids_file(place) else self._disk.call(self._file, place)
-            if opened is not None:
-                opened.prepare(byte_count, again=again)
-            return opened
+            return (
+                None if self.avoids_file(place) else self._disk.call(self._prepare_file, place, byte_count, again=again)
+            )
         return None
+
+    def _prepare_file(self, place: Place, byte_count: int, *, again: bool) -> OpenSegment | None:
+        opened = self._file(place)
+        if opened is not None:
+            opened.prepare(byte_count, again=again)
+        return opened
 
     def _look_at_file(self, place: Place, *, nowait: bool) -> list[tuple[OpenSegment, Contents]]:
         places: list[tuple[OpenSegment, Contents]] = []
@@ -262,7 +272,7 @@ class Places:
             if opened is not None:
                 # By path and not by link count: not every network file system counts links.
                 found = os.stat(path, follow_symlinks=False)
-                if opened.file_id == (found.st_dev, found.st_ino):
+                if opened.is_seen_as(found):
                     return opened
             opened = self._open(path, place)
         except (FileNotFoundError, NotADirectoryError):

@@ -196,10 +196,9 @@ class SegmentStore:
         """The same for programs without an event loop, however long the disk takes."""
         return self._read(key, version, extent, nowait=False)
 
-    def expect(self, key: ObjectKey) -> None:
+    def expect(self, key: ObjectKey) -> bool:
         """Has the disk fetch the object's first bytes, if it has them; see `ports.BlockStore`."""
-        if key.size:
-            self._places.expect((key, 0), min(key.size, EXPECTED_BYTES))
+        return bool(key.size) and self._places.expect((key, 0), min(key.size, EXPECTED_BYTES))
 
     def expect_read(self, key: ObjectKey, extent: Extent) -> None:
         """Has the disk fetch what of `extent` lies in files that were looked at already; see `ports.BlockStore`."""
