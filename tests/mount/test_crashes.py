@@ -222,6 +222,8 @@ def test_readers_of_a_daemon_that_is_killed_get_an_error_at_once(mount_inputs: M
 def test_a_daemon_that_dies_while_it_writes_leaves_a_cache_that_tells_the_truth(mount_inputs: MountInputs) -> None:
     """kill -9 in the middle of landing, several times: after each the bytes are right."""
     mounted = mount_inputs({"data": {"a.bin": ramp(20 * MIB)}}, expected_warnings=(KILLED_DAEMON, LOST_WORKER))
+    # Else all of it may have landed before the first is killed, and nothing is left to be sent to the second.
+    mounted.sandbox.store.faults.add(faults.drip(64 * 1024, 0.02), count=None)
     for _ in range(3):
         daemon = daemon_pid(mounted, "data")
         before = mounted.sent_bytes()

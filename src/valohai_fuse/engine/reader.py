@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Bytes = bytes | bytearray | memoryview
 
 FORESEEN_MAX = 512
+"""Twice as many as one directory's readers may have ahead of them."""
 VANISHED_MAX = 5
 """How often the bytes of one read may land and be gone again before the read fails: a cache that is smaller than what is
 read at once, or a disk that loses what it was given."""
@@ -129,6 +130,7 @@ class Reader:
         outcome = Ahead.BEGUN
         if obj.handles == 0 and not obj.flights and not obj.missing:
             wanted = align(0, min(obj.key.size, FIRST_READ_BYTES), obj.key.size)
+            # Of one that is pinned to a version the store does not know whether it is that which is cached.
             is_expected = obj.version is None and self._store.expect(obj.key)
             if is_expected or not self._begin_ahead(obj, wanted, staged=True):
                 outcome = Ahead.PRESENT
