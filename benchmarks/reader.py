@@ -196,7 +196,7 @@ def share_of(files: list[File], task: Task, number: int) -> Iterator[File]:
 
 
 def _lane_work(task: Task, number: int, lane: Lane) -> None:
-    pattern, block, threads = task["pattern"], task["block_bytes"], task["threads"]
+    pattern, block = task["pattern"], task["block_bytes"]
     files: list[File] = [tuple(f) for f in task["files"]]
     if pattern in _LISTINGS:
         _list(lane, files[0], pattern)
@@ -210,7 +210,7 @@ def _lane_work(task: Task, number: int, lane: Lane) -> None:
         for file in share_of(files, task, number):
             lane.whole(file, block)
     elif pattern == "first":
-        for file in files[number::threads]:
+        for file in share_of(files, task, number):
             lane.offsets(file, iter([0]), block)
     elif pattern.startswith("mmap-"):
         lane.mapped(files[0], offsets_of(pattern.removeprefix("mmap-"), files[0][1], task, number), block)
